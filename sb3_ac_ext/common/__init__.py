@@ -1,0 +1,1 @@
+"""Stateful pieces that two or more algorithms share."""

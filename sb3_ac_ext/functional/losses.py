@@ -1,0 +1,47 @@
+"""Targets and losses of the actor-critic family. B is the batch size, A the action dimension."""
+
+import torch as th
+from torch.nn import functional as F
+
+
+def smoothed_action(action: th.Tensor, noise: th.Tensor, clip: float) -> th.Tensor:
+    """
+    The target policy's action with clipped noise (Fujimoto et al. 2018, arXiv:1802.09477, eq. 14).
+
+        a' = clip(a + clip(noise, -c, c), -1, 1)
+
+    Both live in the action space scaled to [-1, 1], so the clip is symmetric whatever the environment's bounds are.
+
+    :param action: ``(B, A)`` target policy's action, in [-1, 1]
+    :param noise: ``(B, A)`` sample of the smoothing noise
+    :param clip: c, largest absolute value of the noise, >= 0
+    :return: ``(B, A)`` action in [-1, 1]
+    """
+    return (action + noise.clamp(-clip, clip)).clamp(-1, 1)
+
+
+def td_target(reward: th.Tensor, done: th.Tensor, discount: th.Tensor | float, next_value: th.Tensor) -> th.Tensor:
+    """
+    One-step (or n-step) bootstrapped target.
+
+        y = r + (1 - done) * discount * V(s')
+
+    :param reward: ``(B, 1)`` reward, or the discounted sum of n rewards, in reward units
+    :param done: ``(B, 1)`` 1 where the episode terminated; 0 elsewhere, truncation included
+    :param discount: gamma, or ``(B, 1)`` gamma to the number of summed rewards
+    :param next_value: ``(B, 1)`` value of the next state, in reward units
+    :return: ``(B, 1)`` target; gradients are not stopped, call under ``torch.no_grad()``
+    """
+    return reward + (1 - done) * discount * next_value
+
+
+def twin_mse(q_a: th.Tensor, q_b: th.Tensor, target: th.Tensor) -> th.Tensor:
+    """
+    Sum of the two streams' mean squared errors (Fujimoto et al. 2018, Algorithm 1; no factor 1/2).
+
+    :param q_a: ``(B, 1)`` first stream
+    :param q_b: ``(B, 1)`` second stream
+    :param target: ``(B, 1)`` shared target, without gradient
+    :return: scalar
+    """
+    return F.mse_loss(q_a, target) + F.mse_loss(q_b, target)

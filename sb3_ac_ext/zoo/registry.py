@@ -1,0 +1,54 @@
+"""The one table of algorithms; the Zoo patch, the README's table and the tests are derived from it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+import sb3_ac_ext
+from sb3_ac_ext.td3x import TD3X
+from sb3_ac_ext.zoo.samplers import convert_td3x, sample_td3x
+
+Sampler = Callable[..., dict[str, Any]]
+Converter = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def data_dir(name: str) -> Path:
+    """
+    The folder of package data called ``name`` ("hyperparams" or "zoo_configs").
+
+    It stands at the top of a checkout and inside an installed package. In an editable install both exist and the copy
+    in the package is as old as the installation, so the checkout is asked first.
+
+    :param name: the folder's name
+    :return: its path
+    """
+    package = Path(sb3_ac_ext.__file__).parent
+    checkout = package.parent
+    return (checkout if (checkout / "pyproject.toml").is_file() else package) / name
+
+
+@dataclass(frozen=True)
+class AlgoSpec:
+    """One row of the table."""
+
+    cls: type[BaseAlgorithm]
+    sample: Sampler
+    """Optuna trial -> constructor keyword arguments, with the Zoo's signature (trial, n_actions, n_envs, additional_args)."""
+    convert: Converter
+    """Stored trial parameters -> hyperparameters as the Zoo's YAML files have them."""
+
+    @property
+    def name(self) -> str:
+        """The value of ``--algo``: the class name in lower case, as the Zoo and the Hub expect."""
+        return self.cls.__name__.lower()
+
+    @property
+    def config(self) -> Path:
+        """The default hyperparameter file."""
+        return data_dir("hyperparams") / f"{self.name}.yml"
+
+
+ALGORITHMS: tuple[AlgoSpec, ...] = (AlgoSpec(TD3X, sample_td3x, convert_td3x),)

@@ -1,0 +1,237 @@
+"""What every algorithm of the registry must do; a new row gets these tests."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from environments import BOX, CONTINUOUS, DICT, IMAGE, RandomEnv, ScriptedEnv
+from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize, VecTransposeImage
+
+from sb3_ac_ext.common.typing import CommonKwargs, OffPolicyKwargs, constructor_keys
+from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
+
+SMALL = {"net_arch": [8, 8]}
+OFF_POLICY = {"learning_starts": 10, "batch_size": 4, "buffer_size": 200}
+
+every_algorithm = pytest.mark.parametrize("spec", ALGORITHMS, ids=lambda spec: spec.name)
+every_off_policy_algorithm = pytest.mark.parametrize(
+    "spec", [spec for spec in ALGORITHMS if issubclass(spec.cls, OffPolicyAlgorithm)], ids=lambda spec: spec.name
+)
+
+
+def make(spec: AlgoSpec, env: Any, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
+    own = OFF_POLICY if issubclass(spec.cls, OffPolicyAlgorithm) else {}
+    return spec.cls(policy, env, **{"policy_kwargs": SMALL, "seed": 0, **own, **kwargs})
+
+
+def parameters(model: Any) -> th.Tensor:
+    return th.cat([value.flatten().float() for value in model.policy.state_dict().values()])
+
+
+@every_algorithm
+@pytest.mark.parametrize(
+    ("policy", "space"),
+    [
+        ("MlpPolicy", BOX),
+        ("MlpPolicy", spaces.Box(-1, 1, (2, 3), np.float64)),
+        ("MlpPolicy", spaces.Discrete(5)),
+        ("MlpPolicy", spaces.MultiDiscrete([3, 2])),
+        ("MlpPolicy", spaces.MultiBinary(3)),
+        ("CnnPolicy", IMAGE),
+        ("MultiInputPolicy", DICT),
+    ],
+    ids=["box", "matrix", "discrete", "multidiscrete", "multibinary", "image", "dict"],
+)
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_observation_spaces(spec: AlgoSpec, policy: str, space: spaces.Space, n_envs: int) -> None:
+    env = make_vec_env(lambda: RandomEnv(space, CONTINUOUS), n_envs=n_envs)
+    model = make(spec, env, policy)
+    before = parameters(model)
+    model.learn(16)
+    after = parameters(model)
+    assert model._n_updates > 0
+    assert not th.equal(after, before)
+    assert th.isfinite(after).all()
+
+
+@every_algorithm
+@pytest.mark.parametrize(
+    "space",
+    [
+        CONTINUOUS,
+        spaces.Box(-1, 1, (2, 3), np.float32),
+        spaces.Box(-3, 1, (1,), np.float64),
+    ],
+    ids=["asymmetric", "matrix", "float64"],
+)
+def test_action_spaces(spec: AlgoSpec, space: spaces.Box) -> None:
+    model = make(spec, RandomEnv(BOX, space))
+    model.learn(20)
+    action, _ = model.predict(BOX.sample())
+    assert action.shape == space.shape
+    assert (action >= space.low).all()
+    assert (action <= space.high).all()
+
+
+@every_algorithm
+def test_same_seed_same_parameters(spec: AlgoSpec) -> None:
+    first, second, other = (parameters(make(spec, "Pendulum-v1", seed=seed).learn(60)) for seed in (1, 1, 2))
+    assert th.equal(first, second)
+    assert not th.equal(first, other)
+
+
+@every_algorithm
+def test_save_load_predict_continue(spec: AlgoSpec, tmp_path: Any) -> None:
+    env = RandomEnv(BOX, CONTINUOUS)
+    model = make(spec, env).learn(20)
+    observations = np.stack([BOX.sample() for _ in range(5)])
+    model.save(tmp_path / "model.zip")
+    loaded = spec.cls.load(tmp_path / "model.zip", env=env)
+    assert th.equal(parameters(loaded), parameters(model))
+    np.testing.assert_array_equal(loaded.predict(observations)[0], model.predict(observations)[0])
+    assert loaded.num_timesteps == model.num_timesteps
+    loaded.learn(20, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 40
+    assert not th.equal(parameters(loaded), parameters(model))
+
+
+@every_algorithm
+def test_set_parameters_and_get_parameters(spec: AlgoSpec) -> None:
+    trained, fresh = make(spec, RandomEnv(BOX, CONTINUOUS)).learn(20), make(spec, RandomEnv(BOX, CONTINUOUS), seed=5)
+    fresh.set_parameters(trained.get_parameters())
+    assert th.equal(parameters(fresh), parameters(trained))
+
+
+@every_algorithm
+def test_predict_shapes_and_errors(spec: AlgoSpec) -> None:
+    model = make(spec, RandomEnv(BOX, CONTINUOUS))
+    single, state = model.predict(BOX.sample(), deterministic=True)
+    assert single.shape == (2,)
+    assert state is None
+    several, _ = model.predict(np.zeros((3, 4), np.float32), state=None, episode_start=np.ones(3, bool))
+    assert several.shape == (3, 2)
+    for wrong in (np.zeros(5, np.float32), np.zeros((3, 5), np.float32)):
+        with pytest.raises(ValueError, match="shape"):
+            model.predict(wrong)
+    with pytest.raises(ValueError, match="tuple"):
+        model.predict((np.zeros(4, np.float32), {}))
+
+
+@every_algorithm
+def test_predict_takes_images_in_either_channel_order(spec: AlgoSpec) -> None:
+    last = spaces.Box(0, 255, (36, 36, 3), np.uint8)
+    model = make(spec, RandomEnv(last, CONTINUOUS), "CnnPolicy")
+    assert isinstance(model.env, VecTransposeImage)
+    image = last.sample()
+    np.testing.assert_array_equal(model.predict(image)[0], model.predict(image.transpose(2, 0, 1))[0])
+
+
+@every_algorithm
+def test_vec_normalize(spec: AlgoSpec) -> None:
+    env = VecNormalize(make_vec_env(lambda: RandomEnv(BOX, CONTINUOUS), n_envs=2))
+    model = make(spec, env).learn(40)
+    assert model.get_vec_normalize_env() is env
+    assert env.obs_rms.count > 20
+
+
+@every_algorithm
+def test_subprocess_environments(spec: AlgoSpec) -> None:
+    env = make_vec_env("Pendulum-v1", n_envs=2, vec_env_cls=SubprocVecEnv)
+    try:
+        assert make(spec, env).learn(30).num_timesteps >= 30
+    finally:
+        env.close()
+
+
+class Watcher(BaseCallback):
+    """Sees SB3's local names and stops after some steps."""
+
+    def __init__(self, stop_at: int) -> None:
+        super().__init__()
+        self.stop_at = stop_at
+
+    def _on_step(self) -> bool:
+        assert {"new_obs", "rewards", "dones", "infos", "actions"} <= set(self.locals)
+        return self.n_calls < self.stop_at
+
+
+@every_algorithm
+def test_callbacks_and_early_stop(spec: AlgoSpec, tmp_path: Any) -> None:
+    model = make(spec, RandomEnv(BOX, CONTINUOUS))
+    evaluation = EvalCallback(
+        make_vec_env(lambda: RandomEnv(BOX, CONTINUOUS)),
+        eval_freq=5,
+        n_eval_episodes=1,
+        best_model_save_path=str(tmp_path),
+        verbose=0,
+    )
+    model.learn(100, callback=CallbackList([Watcher(stop_at=12), evaluation]))
+    assert model.num_timesteps == 12
+    assert (tmp_path / "best_model.zip").is_file()
+
+
+@every_algorithm
+def test_tensorboard_run_is_named_after_the_class(spec: AlgoSpec, tmp_path: Any) -> None:
+    make(spec, RandomEnv(BOX, CONTINUOUS), tensorboard_log=str(tmp_path)).learn(15)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{spec.cls.__name__}_1"]
+
+
+@every_algorithm
+def test_set_env(spec: AlgoSpec) -> None:
+    model = make(spec, RandomEnv(BOX, CONTINUOUS)).learn(15)
+    model.set_env(RandomEnv(BOX, CONTINUOUS))
+    model.learn(5, reset_num_timesteps=False)
+    with pytest.raises(ValueError, match="spaces do not match"):
+        model.set_env(ScriptedEnv())
+
+
+@every_off_policy_algorithm
+def test_her(spec: AlgoSpec) -> None:
+    env = BitFlippingEnv(n_bits=3, continuous=True)
+    model = make(
+        spec, env, "MultiInputPolicy", replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs={"n_sampled_goal": 2}
+    )
+    model.learn(30)
+    assert isinstance(model.replay_buffer, HerReplayBuffer)
+    assert model._n_updates > 0
+
+
+@every_off_policy_algorithm
+def test_memory_optimised_buffer(spec: AlgoSpec) -> None:
+    kwargs = {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}
+    model = make(spec, RandomEnv(BOX, CONTINUOUS), **kwargs).learn(20)
+    assert not hasattr(model.replay_buffer, "next_observations")
+
+
+@every_off_policy_algorithm
+@pytest.mark.parametrize("train_freq", [4, (2, "step"), (1, "episode"), [2, "step"]], ids=str)
+def test_train_freq(spec: AlgoSpec, train_freq: Any) -> None:
+    model = make(spec, RandomEnv(BOX, CONTINUOUS), train_freq=train_freq, gradient_steps=-1, learning_starts=0)
+    model.learn(28)
+    assert model._n_updates == 28
+
+
+@every_off_policy_algorithm
+def test_documented_arguments_are_sb3s_and_our_own(spec: AlgoSpec) -> None:
+    theirs = constructor_keys(spec.cls.sb3_class)  # type: ignore[attr-defined]
+    ours = constructor_keys(spec.cls)
+    assert theirs <= ours
+    shared = frozenset(OffPolicyKwargs.__optional_keys__)
+    assert shared - theirs == {"max_grad_norm", "exploration_noise", "warmup"}
+    assert frozenset(CommonKwargs.__optional_keys__) <= theirs
+
+
+@every_off_policy_algorithm
+def test_arguments_keep_sb3s_defaults(spec: AlgoSpec) -> None:
+    env = RandomEnv(BOX, CONTINUOUS)
+    ours, theirs = spec.cls("MlpPolicy", env), spec.cls.sb3_class("MlpPolicy", env)  # type: ignore[attr-defined]
+    for name in constructor_keys(spec.cls.sb3_class) - {"policy", "env"}:  # type: ignore[attr-defined]
+        name = {"stats_window_size": "_stats_window_size"}.get(name, name)
+        assert getattr(ours, name) == getattr(theirs, name), name

@@ -1,0 +1,360 @@
+"""Saving and loading: exact continuation, whole files, SB3's zips and buffers, nothing restored too early."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from environments import BOX, CONTINUOUS, IMAGE, RandomEnv, ScriptedEnv
+from stable_baselines3 import TD3, HerReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.td3.policies import CnnPolicy, TD3Policy
+
+import sb3_ac_ext.td3x
+from sb3_ac_ext import TD3X
+from sb3_ac_ext.common.checkpoint import atomic_file, random_state, set_random_state
+from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
+
+SMALL = {"net_arch": [8, 8]}
+LENGTH = 5
+
+every_off_policy_algorithm = pytest.mark.parametrize(
+    "spec", [spec for spec in ALGORITHMS if issubclass(spec.cls, OffPolicyAlgorithm)], ids=lambda spec: spec.name
+)
+
+
+def make(cls: Any = TD3X, env: Any = None, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
+    own = {"policy_kwargs": SMALL, "seed": 0, "learning_starts": 10, "batch_size": 4, "buffer_size": 100}
+    return cls(policy, env or scripted(), **{**own, **kwargs})
+
+
+def scripted(n_envs: int = 1) -> VecEnv:
+    return make_vec_env(lambda: ScriptedEnv(length=LENGTH), n_envs=n_envs)
+
+
+def state(model: Any) -> dict[str, th.Tensor]:
+    """Every number that training changes: networks and optimizers."""
+    flat: dict[str, th.Tensor] = {}
+
+    def visit(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                visit(f"{name}.{key}", item)
+        elif isinstance(value, th.Tensor):
+            flat[name] = value.clone()
+
+    visit("model", model.get_parameters())
+    return flat
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    th.testing.assert_close(state(ours), state(theirs), rtol=0, atol=0)
+
+
+def disturb_random_generators() -> None:
+    np.random.seed(999)
+    th.manual_seed(999)
+
+
+EXTRAS = [
+    {},
+    {"action_noise": OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1))},
+    {
+        "exploration_noise": {"type": "normal", "start": 0.5, "end": 0.1, "steps": 60},
+        "warmup": "noise",
+        "learning_rate": "lin_1e-3",
+        "critic_learning_rate": 3e-3,
+        "max_grad_norm": {"critic": 0.5},
+    },
+]
+
+
+@every_off_policy_algorithm
+@pytest.mark.parametrize("kwargs", EXTRAS, ids=["plain", "ou", "extras"])
+def test_train_after_load_is_the_uninterrupted_train(spec: AlgoSpec, kwargs: dict[str, Any], tmp_path: Path) -> None:
+    model = make(spec.cls, **kwargs).learn(21)  # odd: between two delayed actor updates
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    model.train(gradient_steps=5, batch_size=4)
+
+    disturb_random_generators()
+    loaded = spec.cls.load(tmp_path / "model")
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    loaded.set_logger(Logger(None, []))
+    disturb_random_generators()
+    loaded.train(gradient_steps=5, batch_size=4)
+    assert_same(loaded, model)
+
+
+@every_off_policy_algorithm
+@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize("kwargs", EXTRAS, ids=["plain", "ou", "extras"])
+@pytest.mark.parametrize("steps", [1, 6], ids=["in warm-up", "learning"])
+def test_learn_after_load_is_the_uninterrupted_learn(
+    spec: AlgoSpec, kwargs: dict[str, Any], n_envs: int, steps: int, tmp_path: Path
+) -> None:
+    """The environment resets to one state and its episode ends at the save, so nothing of it needs to be stored."""
+    first, second = steps * LENGTH * n_envs, 4 * LENGTH * n_envs
+    model = make(spec.cls, scripted(n_envs), **kwargs).learn(first)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    model.learn(second, reset_num_timesteps=False)
+
+    disturb_random_generators()
+    loaded = spec.cls.load(tmp_path / "model", env=scripted(n_envs))
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    disturb_random_generators()
+    loaded.learn(second, reset_num_timesteps=False)
+    assert loaded.num_timesteps == model.num_timesteps == first + second
+    assert_same(loaded, model)
+    np.testing.assert_array_equal(loaded.replay_buffer.actions, model.replay_buffer.actions)
+
+
+@every_off_policy_algorithm
+def test_saving_does_not_change_the_run(spec: AlgoSpec, tmp_path: Path) -> None:
+    models = [make(spec.cls, scripted()) for _ in range(2)]
+    for model, saves in zip(models, (False, True), strict=True):
+        model.set_random_seed(3)
+        model.learn(20)
+        if saves:
+            model.save(tmp_path / "model")
+            assert model._random_state is None
+        model.learn(20, reset_num_timesteps=False)
+    assert_same(*models)
+
+
+@every_off_policy_algorithm
+def test_a_loaded_model_saved_again_keeps_its_place(spec: AlgoSpec, tmp_path: Path) -> None:
+    model = make(spec.cls).learn(20)
+    model.save(tmp_path / "first")
+    disturb_random_generators()
+    spec.cls.load(tmp_path / "first").save(tmp_path / "second")
+    states = [
+        json.loads(zipfile.ZipFile(tmp_path / f"{name}.zip").read("data"))["_random_state"] for name in ("first", "second")
+    ]
+    assert states[0] == states[1]
+
+
+@every_off_policy_algorithm
+def test_random_states_wait_until_training_goes_on(spec: AlgoSpec, tmp_path: Path) -> None:
+    model = make(spec.cls, seed=None).learn(20)
+    model.save(tmp_path / "model")
+    env = scripted()
+    disturb_random_generators()
+    expected = np.random.random()
+    disturb_random_generators()
+    loaded = spec.cls.load(tmp_path / "model", env=env)
+    loaded.predict(np.zeros(2, np.float32))
+    assert np.random.random() == expected
+    first_draws = []
+    for seed in (1, 2):  # a run from zero goes on with the current streams
+        loaded = spec.cls.load(tmp_path / "model", env=scripted(), learning_starts=0)
+        np.random.seed(seed)
+        loaded.action_noise = OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1))
+        first_draws.append(loaded.learn(1).replay_buffer.actions[0].item())
+        assert loaded._random_state is None
+    assert first_draws[0] != first_draws[1]
+
+
+@every_off_policy_algorithm
+def test_a_seed_given_to_load_starts_its_own_stream(spec: AlgoSpec, tmp_path: Path) -> None:
+    make(spec.cls).learn(20).save(tmp_path / "model")
+    runs = []
+    for seed in (7, 7, 8):
+        loaded = spec.cls.load(tmp_path / "model", env=scripted(), seed=seed)
+        runs.append(loaded.learn(30, reset_num_timesteps=False).replay_buffer.actions)
+    np.testing.assert_array_equal(runs[0], runs[1])
+    assert not np.array_equal(runs[0], runs[2])
+
+
+def test_random_state_is_json_and_round_trips() -> None:
+    device = th.device("cpu")
+    saved = json.loads(json.dumps(random_state(CONTINUOUS, device)))
+    draws = [(np.random.normal(size=3), th.randn(3), CONTINUOUS.sample()) for _ in range(2)]
+    set_random_state(saved, CONTINUOUS, device)
+    again = np.random.normal(size=3), th.randn(3), CONTINUOUS.sample()
+    for first, second, value in zip(*draws, again, strict=True):
+        np.testing.assert_array_equal(first, value)
+        assert not np.array_equal(second, value)
+
+
+def test_atomic_file_keeps_the_old_one_when_writing_fails(tmp_path: Path) -> None:
+    path = tmp_path / "model.zip"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), atomic_file(path, "zip") as file:
+        file.write(b"half of the ne")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@every_off_policy_algorithm
+def test_save_is_atomic(spec: AlgoSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(spec.cls)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {path.name for path in before} == {"model.zip", "buffer.pkl"}
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(th, "save", fail)
+    monkeypatch.setattr(sb3_ac_ext.common.off_policy, "save_to_pkl", fail)
+    with pytest.raises(OSError, match="disk full"):
+        model.save(tmp_path / "model")
+    with pytest.raises(OSError, match="disk full"):
+        model.save_replay_buffer(tmp_path / "buffer")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_names_are_completed_as_sb3_does(tmp_path: Path) -> None:
+    model = make()
+    (tmp_path / "taken.zip").mkdir()
+    with pytest.warns(UserWarning, match="is a folder"):
+        model.save(tmp_path / "taken.zip")
+    model.save(tmp_path / "new" / "folder" / "model")
+    model.save(tmp_path / "model.v1")
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {"taken.zip_2", "new/folder/model.zip", "model.v1"}
+
+
+def test_saves_to_an_open_file(tmp_path: Path) -> None:
+    model = make().learn(15)
+    with (tmp_path / "model").open("wb") as file:
+        model.save(file)
+    with (tmp_path / "model").open("rb") as file:
+        assert_same(TD3X.load(file), model)
+
+
+def test_stored_arguments_are_json(tmp_path: Path) -> None:
+    """SB3 pickles some attributes; ours add none."""
+    kwargs = {**EXTRAS[2], "actor_learning_rate": "lin_1e-4"}
+    make(**kwargs).learn(20).save(tmp_path / "ours")
+    make(TD3).learn(20).save(tmp_path / "theirs")
+    pickled = []
+    for name in ("ours", "theirs"):
+        data = json.loads(zipfile.ZipFile(tmp_path / f"{name}.zip").read("data"))
+        pickled.append({key for key, value in data.items() if isinstance(value, dict) and ":serialized:" in value})
+    assert pickled[0] <= pickled[1]
+    loaded = TD3X.load(tmp_path / "ours")
+    assert {name: getattr(loaded, name) for name in kwargs} == kwargs
+
+
+def test_predicting_needs_no_buffer(tmp_path: Path) -> None:
+    """A million images would be 8 GB a time; nothing of that size is asked for."""
+    kwargs = {"policy_kwargs": {"net_arch": [8], "features_extractor_kwargs": {"features_dim": 8}}}
+    model = make(env=RandomEnv(IMAGE, CONTINUOUS), policy="CnnPolicy", buffer_size=10**15, **kwargs)
+    model.save(tmp_path / "model")
+    loaded = TD3X.load(tmp_path / "model")
+    assert loaded._replay_buffer is None
+    np.testing.assert_array_equal(loaded.predict(IMAGE.low)[0], model.predict(IMAGE.low)[0])
+    assert loaded._replay_buffer is None
+
+
+def test_buffer_is_made_once_at_its_first_use() -> None:
+    model = make()
+    assert model._replay_buffer is None
+    buffer = model.replay_buffer
+    assert isinstance(buffer, ReplayBuffer)
+    assert model.learn(5).replay_buffer is buffer
+
+
+def test_her_model_predicts_without_an_environment(tmp_path: Path) -> None:
+    env = BitFlippingEnv(n_bits=3, continuous=True)
+    make(env=env, policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer).learn(20).save(tmp_path / "her")
+    loaded = TD3X.load(tmp_path / "her")
+    loaded.predict(env.reset()[0])
+    with pytest.raises(ValueError, match="set_env"):
+        _ = loaded.replay_buffer
+
+
+@pytest.mark.parametrize(
+    ("env", "policy", "theirs", "ours"),
+    [
+        (RandomEnv(BOX, CONTINUOUS), "MlpPolicy", TD3Policy, sb3_ac_ext.td3x.MlpPolicy),
+        (RandomEnv(IMAGE, CONTINUOUS), "CnnPolicy", CnnPolicy, sb3_ac_ext.td3x.CnnPolicy),
+    ],
+    ids=["mlp", "cnn"],
+)
+def test_sb3_zip_and_buffer_load_and_train_on(env: Any, policy: str, theirs: type, ours: type, tmp_path: Path) -> None:
+    sb3_model = make(TD3, env, policy).learn(21)
+    assert type(sb3_model.policy) is theirs
+    sb3_model.save(tmp_path / "sb3")
+    sb3_model.save_replay_buffer(tmp_path / "buffer")
+    loaded = TD3X.load(tmp_path / "sb3", env=env)
+    assert type(loaded.policy) is ours
+    assert_same(loaded, sb3_model)
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    loaded.set_logger(Logger(None, []))
+    for model in (sb3_model, loaded):
+        np.random.seed(1)
+        th.manual_seed(1)
+        model.train(gradient_steps=4, batch_size=4)
+    th.testing.assert_close(state(loaded), state(sb3_model), rtol=0, atol=1e-6)
+
+
+def test_sb3_policy_class_given_to_the_constructor_is_ours() -> None:
+    assert type(TD3X(TD3Policy, scripted()).policy) is sb3_ac_ext.td3x.MlpPolicy
+
+
+def test_our_zip_loads_into_sb3(tmp_path: Path) -> None:
+    """Back to SB3 with its own policy class: the parameters have the same names."""
+    model = make().learn(21)
+    fresh = make(TD3)
+    fresh.set_parameters(model.get_parameters())
+    obs = np.ones((3, 2), np.float32)
+    np.testing.assert_array_equal(fresh.predict(obs)[0], model.predict(obs)[0])
+
+
+def test_sb3_zip_with_another_number_of_critics_is_refused(tmp_path: Path) -> None:
+    make(TD3, policy_kwargs={**SMALL, "n_critics": 3}).save(tmp_path / "sb3")
+    with pytest.raises(ValueError, match=r"n_critics must be 2.*got 3"):
+        TD3X.load(tmp_path / "sb3")
+
+
+def test_n_steps_can_change_at_load(tmp_path: Path) -> None:
+    for cls in (TD3X, TD3):
+        make(cls, n_steps=3).save(tmp_path / "model")
+        assert isinstance(TD3X.load(tmp_path / "model", env=scripted()).replay_buffer, NStepReplayBuffer)
+        loaded = TD3X.load(tmp_path / "model", env=scripted(), n_steps=1, replay_buffer_kwargs={})
+        assert type(loaded.replay_buffer) is ReplayBuffer
+        make(cls).save(tmp_path / "model")
+        loaded = TD3X.load(tmp_path / "model", env=scripted(), n_steps=4, gamma=0.5)
+        assert isinstance(loaded.replay_buffer, NStepReplayBuffer)
+        assert (loaded.replay_buffer.n_steps, loaded.replay_buffer.gamma) == (4, 0.5)
+
+
+def test_buffer_saved_inside_the_zip(tmp_path: Path) -> None:
+    for cls in (TD3X, TD3):
+        model = make(cls).learn(20)
+        model.save(tmp_path / "model", include=["replay_buffer"])
+        loaded = TD3X.load(tmp_path / "model")
+        np.testing.assert_array_equal(loaded.replay_buffer.actions, model.replay_buffer.actions)
+
+
+@every_off_policy_algorithm
+def test_load_changes_arguments_and_refuses_unknown_ones(spec: AlgoSpec, tmp_path: Path) -> None:
+    make(spec.cls).save(tmp_path / "model")
+    loaded = spec.cls.load(tmp_path / "model", env=scripted(), learning_rate=0.0, stats_window_size=7, tau=0.5)
+    assert loaded.lr_schedule(1.0) == 0
+    assert loaded.learn(20).ep_info_buffer.maxlen == 7
+    with pytest.raises(TypeError, match=r"load\(\) got an unexpected argument 'taw'; did you mean 'tau'\?"):
+        spec.cls.load(tmp_path / "model", taw=0.5)
+    with pytest.raises(ValueError, match=r"tau must be a number in \[0, 1\], got 2"):
+        spec.cls.load(tmp_path / "model", tau=2)
+
+
+def test_buffer_of_another_number_of_environments_is_refused(tmp_path: Path) -> None:
+    make(env=scripted(2)).save_replay_buffer(tmp_path / "buffer")
+    with pytest.raises(ValueError, match=r"n_envs=2.*n_envs=1"):
+        make().load_replay_buffer(tmp_path / "buffer")

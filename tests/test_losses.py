@@ -1,0 +1,50 @@
+"""The pure losses against values worked out by hand and against their definitions."""
+
+import pytest
+import torch as th
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sb3_ac_ext.functional.losses import smoothed_action, td_target, twin_mse
+
+
+@pytest.mark.parametrize(
+    ("done", "expected"),
+    [(0.0, 2.8), (1.0, 1.0)],
+    ids=["continuing or truncated", "terminated"],
+)
+def test_td_target_of_the_smaller_stream(done: float, expected: float) -> None:
+    next_q = th.min(th.tensor([[2.0]]), th.tensor([[3.0]]))
+    target = td_target(th.tensor([[1.0]]), th.tensor([[done]]), 0.9, next_q)
+    th.testing.assert_close(target, th.tensor([[expected]]))
+
+
+def test_td_target_takes_one_discount_per_row() -> None:
+    target = td_target(th.ones(2, 1), th.zeros(2, 1), th.tensor([[0.9], [0.81]]), th.full((2, 1), 10.0))
+    th.testing.assert_close(target, th.tensor([[10.0], [9.1]]))
+
+
+@given(
+    action=st.floats(-1, 1, width=32),
+    noise=st.floats(-5, 5, width=32),
+    clip=st.floats(0, 2, width=32),
+)
+def test_smoothed_action_stays_within_clip_and_box(action: float, noise: float, clip: float) -> None:
+    result = smoothed_action(th.tensor(action), th.tensor(noise), clip).item()
+    assert -1 <= result <= 1
+    assert abs(result - action) <= clip + 1e-6
+    expected = max(-1.0, min(1.0, action + max(-clip, min(clip, noise))))
+    assert result == pytest.approx(expected, abs=1e-6)
+
+
+def test_smoothing_noise_is_symmetric() -> None:
+    noise = th.randn(20_000, generator=th.Generator().manual_seed(0))
+    moved = smoothed_action(th.zeros(20_000), noise, 0.5)
+    assert abs(moved.mean().item()) < 3 * 0.5 / 20_000**0.5
+    assert moved.min().item() == -0.5
+    assert moved.max().item() == 0.5
+
+
+def test_twin_mse_is_the_sum_of_both_means() -> None:
+    q_a, q_b, target = th.tensor([[1.0], [3.0]]), th.tensor([[0.0], [0.0]]), th.tensor([[2.0], [2.0]])
+    assert twin_mse(q_a, q_b, target).item() == (1 + 1) / 2 + (4 + 4) / 2
