@@ -1,0 +1,174 @@
+"""
+Learning studies: train through RL Zoo, several algorithms and seeds, evaluate all on the same reset seeds, record.
+
+    python benchmarks/learning.py --name pendulum --env Pendulum-v1 --algos td3x td3 --seeds 0 1 2
+
+Writes ``benchmarks/results/<name>.json`` (every number) and ``<name>.png`` (the curves). Runs that are already in
+``--folder`` are not repeated, so an interrupted study goes on where it stopped.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from rl_zoo3 import ALGOS, create_test_env, get_saved_hyperparams
+
+RESULTS = Path(__file__).parent / "results"
+EVALUATION_SEEDS = range(10_000, 10_020)
+PACKAGES = ("torch", "stable_baselines3", "sb3_contrib", "rl_zoo3", "gymnasium", "numpy", "sb3_ac_ext")
+
+
+def train(algo: str, env_id: str, seed: int, folder: Path, options: list[str]) -> Path:
+    """
+    One run of ``rl_zoo3.train`` on one thread, unless it is there already.
+
+    :param algo: the Zoo's name of the algorithm
+    :param env_id: environment
+    :param seed: seed of the run
+    :param folder: where the study's runs are
+    :param options: further options of ``rl_zoo3.train``
+    :return: the folder of the run
+    """
+    logs = folder / f"seed{seed}"
+    run = logs / algo / f"{env_id}_1"
+    if not (run / f"{env_id}.zip").is_file():
+        command = ["-m", "rl_zoo3.train", "--algo", algo, "--env", env_id, "--seed", str(seed), "--num-threads", "1"]
+        logs.mkdir(parents=True, exist_ok=True)
+        started = time.time()
+        with (logs / f"{algo}.log").open("w") as log:
+            arguments = [sys.executable, *command, "-f", str(logs), *options]
+            subprocess.run(
+                arguments, check=True, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+        (run / "seconds").write_text(f"{time.time() - started:.0f}")
+    return run
+
+
+def evaluate(algo: str, env_id: str, run: Path) -> list[float]:
+    """
+    :param algo: the Zoo's name of the algorithm, or "random"
+    :param env_id: environment
+    :param run: folder of the run
+    :return: return of one deterministic episode for each of `EVALUATION_SEEDS`, in reward units
+    """
+    hyperparams, stats_path = get_saved_hyperparams(str(run / env_id), test_mode=True)
+    env = create_test_env(env_id, stats_path=stats_path, should_render=False, hyperparams=hyperparams)
+    model = None if algo == "random" else ALGOS[algo].load(run / f"{env_id}.zip", device="cpu")
+    env.action_space.seed(0)
+    returns = []
+    for seed in EVALUATION_SEEDS:
+        env.seed(seed)
+        obs, total, over = env.reset(), 0.0, False
+        while not over:
+            action = np.array([env.action_space.sample()]) if model is None else model.predict(obs, deterministic=True)[0]
+            obs, reward, done, _ = env.step(action)
+            total, over = total + float(reward[0]), bool(done[0])
+        returns.append(total)
+    env.close()
+    return returns
+
+
+def curve(run: Path) -> dict[str, list[float]]:
+    """
+    :param run: folder of a run
+    :return: environment steps and mean return of its evaluations during training, empty if it had none
+    """
+    file = run / "evaluations.npz"
+    if not file.is_file():
+        return {"timesteps": [], "returns": []}
+    data = np.load(file)
+    return {"timesteps": data["timesteps"].tolist(), "returns": data["results"].mean(axis=1).tolist()}
+
+
+def study(env_id: str, algos: list[str], seeds: list[int], folder: Path, options: list[str], jobs: int) -> dict[str, Any]:
+    """
+    :param env_id: environment
+    :param algos: the Zoo's names
+    :param seeds: seeds of the runs
+    :param folder: where the runs are, or will be
+    :param options: further options of ``rl_zoo3.train``
+    :param jobs: runs at the same time, one thread each
+    :return: everything that is recorded
+    """
+    plan = [(algo, seed) for seed in seeds for algo in algos]
+    with ThreadPoolExecutor(jobs) as pool:
+        folders = list(pool.map(lambda run: train(run[0], env_id, run[1], folder, options), plan))
+    runs = []
+    for (algo, seed), run in zip(plan, folders, strict=True):
+        returns = evaluate(algo, env_id, run)
+        seconds = run / "seconds"
+        wall = int(seconds.read_text()) if seconds.is_file() else None
+        runs.append(
+            {"algo": algo, "seed": seed, "final": returns, "mean": float(np.mean(returns)), "seconds": wall, **curve(run)}
+        )
+        print(f"{algo} seed {seed}: {np.mean(returns):.1f} +- {np.std(returns):.1f}")
+    medians = {algo: float(np.median([run["mean"] for run in runs if run["algo"] == algo])) for algo in algos}
+    return {
+        "env": env_id,
+        "options": options,
+        "jobs": jobs,
+        "evaluation_seeds": list(EVALUATION_SEEDS),
+        "random": float(np.mean(evaluate("random", env_id, folder))),
+        "medians": medians,
+        "runs": runs,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """
+    :param result: what `study` returned
+    :param path: the picture's file
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    colours = dict(zip(result["medians"], plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+    for run in result["runs"]:
+        label = f"{run['algo']} seed {run['seed']}: {run['mean']:.0f} at the end"
+        axes.plot(run["timesteps"], run["returns"], color=colours[run["algo"]], alpha=0.8, label=label)
+    axes.axhline(result["random"], color="grey", linestyle=":", label=f"random policy: {result['random']:.0f}")
+    axes.set(title=result["env"], xlabel="environment steps", ylabel="mean return of an evaluation")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True, help="of the files in benchmarks/results")
+    parser.add_argument("--env", required=True)
+    parser.add_argument("--algos", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, required=True)
+    parser.add_argument("--folder", type=Path, help="of the runs (logs/<name>)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
+    args, options = parser.parse_known_args()
+    if args.env not in gym.registry:
+        parser.error(f"--env {args.env} is not registered with Gymnasium")
+    folder = args.folder or Path("logs") / args.name
+    result = study(args.env, args.algos, args.seeds, folder, options, args.jobs)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, RESULTS / f"{args.name}.png")
+    print("median over seeds:", result["medians"], "random:", round(result["random"], 1))
+
+
+if __name__ == "__main__":
+    main()
