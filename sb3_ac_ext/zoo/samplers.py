@@ -1,0 +1,125 @@
+"""
+Search spaces: from an Optuna trial to constructor arguments, and from a stored trial back to a hyperparameter file's values.
+
+A study stores what was *suggested*, not what the model got. So each sampler only suggests, and its result is what the
+algorithm's converter makes of the suggestions: the search and `--trial-id` cannot disagree. Only the noise has two forms,
+an object in the search and ``noise_type`` and ``noise_std`` in a file.
+
+Whatever is sampled here replaces the environment's entry in the hyperparameter file; an option that would contradict it
+or make it void is set back to its default at the same time.
+
+``rl_zoo3`` is imported inside the functions: it may be the one that is importing this package.
+"""
+
+from typing import Any
+
+import optuna
+
+SAMPLED_HER_KWARGS = ("n_sampled_goal", "goal_selection_strategy")
+FIXED_HER_KWARG = "her_"
+"""Before the name of a replay buffer argument that the hyperparameter file fixes, in a stored trial."""
+
+
+def sample_td3x(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    The Zoo's space for TD3 and TD3X's own options.
+
+    :param trial: the trial that chooses
+    :param n_actions: size of an action
+    :param n_envs: number of environments; the update-to-data ratio is that of the Zoo's TD3
+    :param additional_args: ``using_her_replay_buffer`` and ``her_kwargs``, the file's arguments of that buffer
+    :return: constructor arguments
+    """
+    from rl_zoo3.hyperparams_opt import sample_td3_params
+
+    action_noise = sample_td3_params(trial, n_actions, n_envs, additional_args).get("action_noise")
+    suggest_critic(trial)
+    suggest_delayed_smoothed_policy(trial)
+    if additional_args["using_her_replay_buffer"]:
+        keep_her_kwargs(trial, additional_args["her_kwargs"])
+    return with_noise(convert_td3x(trial.params), action_noise)
+
+
+def convert_td3x(params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param params: what `sample_td3x` suggested, as a study stores it
+    :return: the same as a hyperparameter file's values
+    """
+    return convert_off_policy(params)
+
+
+def suggest_critic(trial: optuna.Trial) -> None:
+    """Options of a critic with its own rate: that rate relative to the actor's, gradient clipping, layer normalisation."""
+    rate_ratio = trial.suggest_float("critic_rate_ratio", 0.5, 10.0, log=True)
+    trial.suggest_categorical("max_grad_norm", [None, 0.5, 1.0, 10.0])
+    trial.suggest_categorical("critic_layer_norm", [False, True])
+    # As the Zoo does for gamma: the value itself, for whoever reads the study
+    trial.set_user_attr("critic_learning_rate", rate_ratio * trial.params["learning_rate"])
+
+
+def suggest_delayed_smoothed_policy(trial: optuna.Trial) -> None:
+    """What TD3 adds to DDPG besides the second critic. Standard deviation and clip are in actions scaled to [-1, 1]."""
+    trial.suggest_int("policy_delay", 1, 4)
+    trial.suggest_float("target_policy_noise", 0.05, 0.5)
+    trial.suggest_float("target_noise_clip", 0.1, 1.0)
+
+
+def keep_her_kwargs(trial: optuna.Trial, her_kwargs: dict[str, Any]) -> None:
+    """
+    Store the replay buffer arguments that the file fixes as parameters with one choice.
+
+    The Zoo replaces the whole ``replay_buffer_kwargs`` with those of the trial, so a trial that kept only the sampled
+    ones would train with other arguments than it was scored with.
+    """
+    for name, value in her_kwargs.items():
+        if name not in SAMPLED_HER_KWARGS:
+            trial.suggest_categorical(FIXED_HER_KWARG + name, [value])
+
+
+def convert_off_policy(params: dict[str, Any]) -> dict[str, Any]:
+    """
+    The Zoo's conversion (gamma, batch size, network sizes, updates), then ours.
+
+    :param params: a stored trial of any off-policy algorithm
+    :return: a hyperparameter file's values
+    """
+    from rl_zoo3.hyperparams_opt import convert_offpolicy_params
+
+    hyperparams = convert_offpolicy_params(params)
+    for convert in (convert_critic, convert_noise, convert_her):
+        convert(hyperparams)
+    return hyperparams
+
+
+def convert_critic(hyperparams: dict[str, Any]) -> None:
+    """The critic's rate from its ratio to ``learning_rate``; a rate that the file gives the actor would hide the latter."""
+    if "critic_rate_ratio" in hyperparams:
+        hyperparams["critic_learning_rate"] = hyperparams.pop("critic_rate_ratio") * hyperparams["learning_rate"]
+        hyperparams["actor_learning_rate"] = None
+    if "critic_layer_norm" in hyperparams:
+        hyperparams["policy_kwargs"]["critic_layer_norm"] = hyperparams.pop("critic_layer_norm")
+
+
+def convert_noise(hyperparams: dict[str, Any]) -> None:
+    """No noise as noise of std 0, since a file's ``noise_type`` cannot be null; and no other noise beside the sampled."""
+    if "noise_type" in hyperparams:
+        if hyperparams["noise_type"] is None:
+            hyperparams.update(noise_type="normal", noise_std=0.0)
+        hyperparams.update(exploration_noise=None, warmup="uniform")
+
+
+def convert_her(hyperparams: dict[str, Any]) -> None:
+    """Gather the replay buffer's arguments, which the Zoo's converter leaves among the constructor's."""
+    names = [name for name in hyperparams if name in SAMPLED_HER_KWARGS or name.startswith(FIXED_HER_KWARG)]
+    if names:
+        hyperparams["replay_buffer_kwargs"] = {name.removeprefix(FIXED_HER_KWARG): hyperparams.pop(name) for name in names}
+
+
+def with_noise(hyperparams: dict[str, Any], action_noise: Any) -> dict[str, Any]:
+    """
+    :param hyperparams: a hyperparameter file's values
+    :param action_noise: the noise that its noise keys stand for; None for none, which clears the noise of the file
+    :return: constructor arguments
+    """
+    arguments = {name: value for name, value in hyperparams.items() if name not in ("noise_type", "noise_std")}
+    return {**arguments, "action_noise": action_noise}

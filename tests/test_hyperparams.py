@@ -1,0 +1,159 @@
+"""The hyperparameter files: every key is an argument, every value is accepted, and td3x has the Zoo's values for td3."""
+
+import inspect
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import rl_zoo3
+import yaml
+from rl_zoo3 import ALGOS
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3 import TD3
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from sb3_ac_ext.common.typing import constructor_keys
+from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec, data_dir
+
+# Box2D's SWIG module warns while it is imported, and crashes the interpreter if that raises
+pytestmark = pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
+
+ZOO_KEYS = frozenset(
+    {
+        "n_timesteps",
+        "n_envs",
+        "normalize",
+        "frame_stack",
+        "env_wrapper",
+        "vec_env_wrapper",
+        "callback",
+        "env_kwargs",
+        "monitor_kwargs",
+    }
+)
+NOISE_KEYS = frozenset({"noise_type", "noise_std"})
+
+SPECS = {spec.name: spec for spec in ALGORITHMS}
+STUDIES = sorted(data_dir("zoo_configs").glob("*.yml"))
+FILES = [spec.config for spec in ALGORITHMS] + STUDIES
+
+
+def spec_of(path: Path) -> AlgoSpec:
+    """The algorithm that a file is for: hyperparams/<algo>.yml, zoo_configs/<algo>_<study>.yml."""
+    return SPECS[path.stem.split("_")[0]]
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    return yaml.safe_load(path.read_text())
+
+
+def zoo_file(cls: type) -> Path | None:
+    """The Zoo's file for the nearest parent of ``cls`` that the Zoo trains."""
+    names = {algorithm: name for name, algorithm in ALGOS.items() if name not in SPECS}
+    parent = next((base for base in cls.__mro__ if base in names), None)
+    return parent and Path(rl_zoo3.__file__).parent / "hyperparams" / f"{names[parent]}.yml"
+
+
+def untested(path: Path) -> set[str]:
+    """The environments that a file's own comment says were not tried."""
+    comments = re.findall(r"^# Untested: (.*)$", path.read_text(), flags=re.MULTILINE)
+    return {word.strip(",") for comment in comments for word in comment.split("(")[0].split()}
+
+
+def entries(path: Path) -> list[str]:
+    return [name for name in read(path) if name != "default"]
+
+
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+every_entry = pytest.mark.parametrize(
+    ("path", "env_id"),
+    [pytest.param(path, env_id, id=f"{path.stem}-{env_id}") for path in FILES for env_id in entries(path)],
+)
+
+
+def test_studies_are_found():
+    """Without this an empty folder would pass every other test."""
+    assert STUDIES
+
+
+@every_file
+def test_first_line_names_the_source(path: Path):
+    first = path.read_text().splitlines()[0]
+    assert re.match(r"# Source: .*\w{3}", first), first
+
+
+@every_file
+def test_keys_are_arguments_and_required_ones_are_there(path: Path):
+    cls = spec_of(path).cls
+    allowed = ZOO_KEYS | constructor_keys(cls) | (NOISE_KEYS if issubclass(cls, OffPolicyAlgorithm) else frozenset())
+    for env_id, values in read(path).items():
+        assert set(values) <= allowed, env_id
+        assert {"policy", "n_timesteps"} <= set(values), env_id
+        # The Zoo reads `n_timesteps` with int(), which would hide a fraction
+        assert isinstance(values["n_timesteps"], int) and values["n_timesteps"] > 0, env_id
+        # The Zoo evaluates a missing noise type, not a null one
+        assert values.get("noise_type", "normal") is not None, env_id
+        assert ("noise_type" in values) == ("noise_std" in values), env_id
+
+
+def test_file_has_a_default_and_every_environment_that_the_zoo_tuned(spec: AlgoSpec):
+    ours = read(spec.config)
+    assert "default" in ours
+    parent = zoo_file(spec.cls)
+    assert parent is None or set(read(parent)) <= set(ours)
+
+
+def test_td3x_has_the_values_of_td3():
+    defaults = {name: p.default for name, p in inspect.signature(TD3.__init__).parameters.items()}
+
+    def effective(values: dict[str, Any]) -> dict[str, Any]:
+        policy_kwargs = values.get("policy_kwargs") or {}
+        evaluated = eval(policy_kwargs) if isinstance(policy_kwargs, str) else policy_kwargs
+        return {**defaults, **values, "policy_kwargs": evaluated}
+
+    ours = read(SPECS["td3x"].config)
+    theirs = read(zoo_file(TD3))
+    for env_id in theirs:
+        assert effective(ours[env_id]) == effective(theirs[env_id]), env_id
+    for env_id in (name for name in theirs if name.endswith("-v4")):
+        assert ours[env_id.replace("-v4", "-v5")] == ours[env_id], env_id
+
+
+@every_entry
+def test_entry_trains(path: Path, env_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The Zoo builds the model from the file; it takes a few dozen steps, some of them with updates."""
+    if env_id in untested(path):
+        with pytest.raises(gym.error.Error):
+            gym.make(env_id)
+        return
+    if "mujoco" in str(gym.spec(env_id).entry_point) and find_spec("mujoco") is None:
+        pytest.skip("needs the extra mujoco")
+    spec = spec_of(path)
+    monkeypatch.setitem(ALGOS, spec.name, spec.cls)
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log file where it runs
+    override: dict[str, Any] = {}
+    if issubclass(spec.cls, OffPolicyAlgorithm):
+        override = {"learning_starts": 30, "batch_size": 8}
+    manager = ExperimentManager(
+        SimpleNamespace(),
+        spec.name,
+        env_id,
+        str(tmp_path),
+        n_timesteps=40,
+        eval_freq=-1,
+        hyperparams=override,
+        config=str(path),
+        log_interval=-1,
+        device="cpu",
+        verbose=0,
+    )
+    model, saved = manager.setup_experiment()
+    initial = [parameter.detach().clone() for parameter in model.policy.parameters()]
+    manager.learn(model)
+    assert model.num_timesteps >= 40
+    assert any((old != new).any() for old, new in zip(initial, model.policy.parameters(), strict=True))
+    assert saved.keys() == read(path)[env_id].keys() | override.keys()
