@@ -12,7 +12,9 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_ac_ext.common.typing import constructor_keys
 from sb3_ac_ext.common.validation import check_keys
@@ -115,6 +117,21 @@ class CheckpointMixin(BaseAlgorithm):
     def _own_policy_class(cls, policy_class: type[BasePolicy]) -> type[BasePolicy]:
         ours = {theirs: cls.policy_aliases[alias] for alias, theirs in cls.sb3_class.policy_aliases.items()}
         return ours.get(policy_class, policy_class)
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        if reset_num_timesteps:
+            self._random_state = None
+        else:
+            self._restore_random_state()
+        return result
 
     def _restore_random_state(self) -> None:
         if self._random_state is not None:

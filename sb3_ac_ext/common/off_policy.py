@@ -8,7 +8,6 @@ from typing import Any, Self
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import save_to_pkl
@@ -255,21 +254,6 @@ class OffPolicyMixin(UpdateMixin, CheckpointMixin, OffPolicyAlgorithm):
             self.logger.record("train/exploration_std", std)
         super()._end_updates()
 
-    def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        tb_log_name: str = "run",
-        progress_bar: bool = False,
-    ) -> tuple[int, BaseCallback]:
-        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        if reset_num_timesteps:
-            self._random_state = None
-        else:
-            self._restore_random_state()
-        return result
-
     def learn(
         self,
         total_timesteps: int,
@@ -288,7 +272,7 @@ class OffPolicyMixin(UpdateMixin, CheckpointMixin, OffPolicyAlgorithm):
         return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
-        derived = ["_replay_buffer", "_noise", "_rates", "_max_grad_norms", "_means"]
+        derived = ["_replay_buffer", "_noise"]
         if self._noise is not None:
             derived.append("action_noise")
         return [*super()._excluded_save_params(), *derived]

@@ -130,3 +130,6 @@ class UpdateMixin(BaseAlgorithm):
                 f"{type(self).__name__}: the {what} of the {network} became non-finite ({value}) by update {self._n_updates}; "
                 "lower the learning rate, set max_grad_norm, or normalise observations and rewards"
             )
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_rates", "_max_grad_norms", "_means"]
