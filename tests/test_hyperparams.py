@@ -19,9 +19,6 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from sb3_ac_ext.common.typing import constructor_keys
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec, data_dir
 
-# Box2D's SWIG module warns while it is imported, and crashes the interpreter if that raises
-pytestmark = pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
-
 ZOO_KEYS = frozenset(
     {
         "n_timesteps",

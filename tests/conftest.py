@@ -1,0 +1,47 @@
+"""What several test modules share: commands in their own process, because that is how RL Zoo is used."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
+
+CHECKOUT = Path(__file__).parents[1]
+
+torch.set_num_threads(1)  # the networks of the tests are small
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session", params=ALGORITHMS, ids=lambda spec: spec.name)
+def spec(request: pytest.FixtureRequest) -> AlgoSpec:
+    """Every algorithm of the registry in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def python() -> Command:
+    """Runs an interpreter, by default the one that runs the tests, and fails with the output unless it exits as expected."""
+
+    def run(
+        *args: object, cwd: Path, executable: object = sys.executable, status: int = 0, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        inherited = {name: value for name, value in os.environ.items() if name != "SB3_AC_EXT_ZOO"}
+        headless = {"MPLBACKEND": "Agg", "SDL_VIDEODRIVER": "dummy"}
+        done = subprocess.run(
+            [str(executable), *map(str, args)],
+            cwd=cwd,
+            env={**inherited, **headless, **env},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == status, f"{' '.join(done.args)}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run

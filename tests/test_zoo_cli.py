@@ -1,0 +1,256 @@
+"""RL Zoo's own commands, unmodified, with every algorithm of the registry."""
+
+import csv
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+import optuna
+import pytest
+import yaml
+from conftest import Command
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.save_util import load_from_pkl
+
+from sb3_ac_ext.zoo.registry import AlgoSpec
+
+ENV_ID = "Pendulum-v1"  # its episodes have 200 steps
+STEPS = 1000
+
+
+@dataclass
+class Run:
+    """One training whose files the tests look at."""
+
+    spec: AlgoSpec
+    root: Path
+    printed: str
+
+    @property
+    def folder(self) -> Path:
+        """The newest: a search before the training takes a number too."""
+        return max((self.root / "logs" / self.spec.name).glob(f"{ENV_ID}_*"), key=lambda path: int(path.name.split("_")[1]))
+
+    @property
+    def zip(self) -> Path:
+        return self.folder / f"{ENV_ID}.zip"
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The attributes that the saved model has as JSON."""
+        with zipfile.ZipFile(self.zip) as archive:
+            return json.loads(archive.read("data"))
+
+    def hyperparams(self) -> dict[str, Any]:
+        return dict(yaml.load((self.folder / ENV_ID / "config.yml").read_text(), Loader=yaml.UnsafeLoader))
+
+    def episodes(self, monitor: int = 0) -> int:
+        with (self.folder / f"{monitor}.monitor.csv").open() as lines:
+            return len(list(csv.reader(lines))) - 2  # a comment and a header
+
+
+def is_off_policy(spec: AlgoSpec) -> bool:
+    return issubclass(spec.cls, OffPolicyAlgorithm)
+
+
+def small(spec: AlgoSpec, **hyperparams: Any) -> list[str]:
+    """``-params`` that make a training take a second."""
+    chosen = {"policy_kwargs": {"net_arch": [16]}}
+    chosen |= {"learning_starts": 100, "buffer_size": 2000} if is_off_policy(spec) else {"n_steps": 50}
+    return ["-params", *(f"{name}:{value!r}" for name, value in {**chosen, **hyperparams}.items())]
+
+
+Train = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def train(python: Command) -> Train:
+    """Trains on Pendulum-v1 in a folder of its own."""
+
+    def run(spec: AlgoSpec, root: Path, *args: object, module: str = "rl_zoo3.train", **env: str) -> Run:
+        common = ("--algo", spec.name, "--env", ENV_ID, "--num-threads", 1, "--seed", 1, "--eval-episodes", 1)
+        return Run(spec, root, python("-m", module, *common, *args, cwd=root, **env).stdout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(spec: AlgoSpec, train: Train, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished training; tests read it and write elsewhere."""
+    every = ("--eval-freq", 250, "--eval-episodes", 2, "--save-freq", 500, "--save-replay-buffer")
+    return train(spec, tmp_path_factory.mktemp(spec.name), "-n", STEPS, *every, *small(spec))
+
+
+def test_training_writes_the_zoos_files(trained: Run) -> None:
+    assert f"hyperparams/{trained.spec.name}.yml" in trained.printed
+    assert trained.episodes() == STEPS / 200
+    assert trained.data["num_timesteps"] == STEPS
+    assert {path.name for path in trained.folder.glob("*.zip")} == {
+        f"{ENV_ID}.zip",
+        "best_model.zip",
+        "rl_model_500_steps.zip",
+        "rl_model_1000_steps.zip",
+    }
+    evaluations = np.load(trained.folder / "evaluations.npz")
+    assert evaluations["timesteps"].tolist() == [250, 500, 750, 1000]
+    assert np.isfinite(evaluations["results"]).all()
+    assert trained.hyperparams()["policy_kwargs"] == {"net_arch": [16]}
+
+
+def test_continues_from_the_zip_with_its_replay_buffer(trained: Run, train: Train, tmp_path: Path) -> None:
+    more = train(trained.spec, tmp_path, "-n", 300, "-i", trained.zip, "--save-replay-buffer", *small(trained.spec))
+    assert "Loading pretrained agent" in more.printed
+    assert more.data["_n_updates"] > trained.data["_n_updates"] > 0
+    if is_off_policy(trained.spec):
+        assert load_from_pkl(trained.folder / "replay_buffer.pkl").size() == STEPS
+        assert load_from_pkl(more.folder / "replay_buffer.pkl").size() == STEPS + 300
+    else:
+        assert not (trained.folder / "replay_buffer.pkl").exists()
+
+
+def test_several_environments_in_processes_of_their_own(spec: AlgoSpec, train: Train, tmp_path: Path) -> None:
+    run = train(spec, tmp_path, "-n", 400, "--vec-env", "subproc", "-tb", "tb", *small(spec, n_envs=2))
+    assert run.data["n_envs"] == 2 and run.data["num_timesteps"] == 400
+    assert [run.episodes(0), run.episodes(1)] == [1, 1]
+    (events,) = (tmp_path / "tb" / ENV_ID).glob(f"{spec.cls.__name__}_1/events.*")
+    assert events.stat().st_size > 0
+
+
+def test_ctrl_c_saves(spec: AlgoSpec, tmp_path: Path) -> None:
+    command = (
+        "-u",
+        "-m",
+        "rl_zoo3.train",
+        "--algo",
+        spec.name,
+        "--env",
+        ENV_ID,
+        "-n",
+        10**6,
+        "--num-threads",
+        1,
+        *small(spec),
+    )
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    next(line for line in process.stdout if "n_updates" in line)  # it has learned something
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    run = Run(spec, tmp_path, "")
+    assert 200 <= run.data["num_timesteps"] < 10**6
+    assert spec.cls.load(run.zip)._n_updates > 0
+
+
+def test_enjoy(trained: Run, python: Command) -> None:
+    watch = ("--algo", trained.spec.name, "--env", ENV_ID, "-f", "logs", "-n", 400, "--no-render")
+    shown = python("-m", "rl_zoo3.enjoy", *watch, cwd=trained.root).stdout
+    assert "2 Episodes" in shown and "Mean reward: -" in shown
+
+
+def test_record_video(trained: Run, python: Command, tmp_path: Path) -> None:
+    record = ("--algo", trained.spec.name, "--env", ENV_ID, "-f", "logs", "-n", 20, "-o", tmp_path)
+    python("-m", "rl_zoo3.record_video", *record, cwd=trained.root)
+    (video,) = tmp_path.glob("*.mp4")
+    frames, seconds = imageio_ffmpeg.count_frames_and_secs(video)
+    assert frames >= 20 and seconds > 0
+
+
+DRAW = """
+import json, runpy, sys
+from matplotlib import pyplot as plt
+algo, root, out = sys.argv[1:]
+
+def run(module, *args):
+    sys.argv = [module, *args]
+    runpy.run_module("rl_zoo3.plots." + module, run_name="__main__")
+    drawn = {}
+    for number in plt.get_fignums():
+        axes = plt.figure(number).gca()
+        drawn[plt.figure(number).get_label()] = {
+            "curves": [[line.get_xdata().tolist(), line.get_ydata().tolist()] for line in axes.lines],
+            "bars": [bar.get_height() for container in axes.containers for bar in container],
+        }
+        plt.savefig(f"{out}/{module}_{number}.png")
+    plt.close("all")
+    return drawn
+
+common = ["-a", algo, "-e", "Pendulum"]
+shown = {"plot_train": run("plot_train", *common, "-f", root, "-w", "2")}
+shown["all_plots"] = run("all_plots", *common, "-f", root, "-o", out + "/results", "--no-million")
+shown["plot_from_file"] = run("plot_from_file", "-i", out + "/results.pkl", "-o", out + "/bars.png", "--format", "png")
+json.dump(shown, open(out + "/shown.json", "w"))
+"""
+
+
+def test_plots_draw(trained: Run, python: Command, tmp_path: Path) -> None:
+    for number in (1, 2):  # plot_from_file leaves out what has been run only once
+        shutil.copytree(trained.folder, tmp_path / "logs" / trained.spec.name / f"{ENV_ID}_{number}")
+    python("-c", DRAW, trained.spec.name, "logs", tmp_path, cwd=tmp_path)
+    shown = json.loads((tmp_path / "shown.json").read_text())
+
+    curves = shown["plot_train"]["Training Episodic Reward"]["curves"]
+    assert [steps for steps, _ in curves] == 2 * [[400, 600, 800, 1000]]  # each the mean of two episodes, at the second's end
+    assert all(-2000 < reward < 0 for _, rewards in curves for reward in rewards)
+
+    evaluations = np.load(trained.folder / "evaluations.npz")
+    ((steps, scores),) = shown["all_plots"]["Results Pendulum"]["curves"]
+    assert steps == evaluations["timesteps"].tolist()
+    np.testing.assert_allclose(scores, evaluations["results"].mean(axis=1))
+
+    ((_, scores_again),) = shown["plot_from_file"]["Results Pendulum"]["curves"]
+    assert scores_again == scores
+    (bar,) = shown["plot_from_file"]["Sensitivity plot"]["bars"]
+    assert math.isclose(bar, scores[-1])
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+SEARCH = ("-optimize", "-n", 150, "--n-trials", 2, "--n-evaluations", 1, "--sampler", "random", "--no-optim-plots")
+
+
+def test_search_in_memory(spec: AlgoSpec, train: Train, tmp_path: Path) -> None:
+    run = train(spec, tmp_path, *SEARCH, *small(spec))
+    assert "Best trial:" in run.printed
+    (report,) = (tmp_path / "logs" / spec.name).glob("report_*.csv")
+    with report.open() as lines:
+        trials = list(csv.DictReader(lines))
+    assert len(trials) == 2 and any(trial["state"] == "COMPLETE" for trial in trials)
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///study.db", "study.log"], ids=["sqlite", "journal"])
+def test_search_in_a_storage_then_train_a_trial(spec: AlgoSpec, train: Train, tmp_path: Path, storage: str) -> None:
+    study = ("--storage", storage, "--study-name", "s")
+    train(spec, tmp_path, *SEARCH, *study, *small(spec))
+    run = train(spec, tmp_path, "-n", 150, *study, "--trial-id", 1)
+    assert "Loading from Optuna study..." in run.printed
+
+    if storage.endswith(".log"):
+        backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / storage))
+        trials = optuna.load_study(study_name="s", storage=optuna.storages.JournalStorage(backend)).trials
+    else:
+        trials = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/study.db").trials
+    assert [trial.state.is_finished() for trial in trials] == [True, True] and trials[0].params != trials[1].params
+    expected = spec.convert(dict(trials[1].params))
+    assert {name: value for name, value in run.hyperparams().items() if name in expected} == expected
+
+
+def test_opt_out_hides_the_name(spec: AlgoSpec, python: Command, tmp_path: Path) -> None:
+    refused = python("-m", "rl_zoo3.train", "--algo", spec.name, cwd=tmp_path, status=2, SB3_AC_EXT_ZOO="0")
+    assert f"invalid choice: '{spec.name}'" in refused.stderr
+
+
+def test_own_commands_work_without_the_hook(spec: AlgoSpec, train: Train, python: Command, tmp_path: Path) -> None:
+    run = train(spec, tmp_path, "-n", 200, *small(spec), module="sb3_ac_ext.train", SB3_AC_EXT_ZOO="0")
+    assert run.data["num_timesteps"] == 200
+    watch = ("--algo", spec.name, "--env", ENV_ID, "-f", "logs", "-n", 200, "--no-render")
+    assert "1 Episodes" in python("-m", "sb3_ac_ext.enjoy", *watch, cwd=tmp_path, SB3_AC_EXT_ZOO="0").stdout
