@@ -20,9 +20,11 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import polyak_update
-from stable_baselines3.td3.policies import TD3Policy
+from stable_baselines3.td3.policies import Actor, TD3Policy
 
+from sb3_ac_ext.common import numpy_actor
 from sb3_ac_ext.common.critics import TwinStreamCritic
+from sb3_ac_ext.common.fused_mlp import FusedMLP
 from sb3_ac_ext.common.off_policy import OffPolicyMixin
 from sb3_ac_ext.common.typing import OffPolicyKwargs, Transitions
 from sb3_ac_ext.common.validation import check_number
@@ -63,6 +65,11 @@ class MlpPolicy(TD3Policy):
         critic_kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
         del critic_kwargs["n_critics"]
         return TwinStreamCritic(**critic_kwargs, layer_norm=self.critic_layer_norm).to(self.device)
+
+    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
+        actor = super().make_actor(features_extractor)
+        actor.mu = FusedMLP(*actor.mu)
+        return actor
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), "critic_layer_norm": self.critic_layer_norm}
@@ -155,6 +162,9 @@ class TD3X(OffPolicyMixin, TD3):
     def _optimizers(self) -> dict[str, th.optim.Optimizer]:
         return {"critic": self.critic.optimizer, "actor": self.actor.optimizer}
 
+    def _acting_obstacle(self) -> str | None:
+        return numpy_actor.obstacle(self.policy, self.policy_aliases.values(), Actor)
+
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """
         Updates of Algorithm 1.
@@ -167,9 +177,9 @@ class TD3X(OffPolicyMixin, TD3):
         for _ in range(gradient_steps):
             batch = self._sample(batch_size)
             self._n_updates += 1
-            self._descend("critic", self._critic_loss(batch))
+            self._descend("critic", self._critic_loss, batch)
             if self._n_updates % self.policy_delay == 0:
-                self._descend("actor", self._actor_loss(batch))
+                self._descend("actor", self._actor_loss, batch)
                 self._update_targets()
         self._end_updates()
 
@@ -188,7 +198,7 @@ class TD3X(OffPolicyMixin, TD3):
         return -self.critic.q1_forward(batch.observations, self.actor(batch.observations)).mean()
 
     def _update_targets(self) -> None:
-        polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
-        polyak_update(self.actor.parameters(), self.actor_target.parameters(), self.tau)
+        self._follow("critic", self.tau)
+        self._follow("actor", self.tau)
         polyak_update(self.critic_batch_norm_stats, self.critic_batch_norm_stats_target, 1.0)
         polyak_update(self.actor_batch_norm_stats, self.actor_batch_norm_stats_target, 1.0)

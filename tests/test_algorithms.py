@@ -224,7 +224,7 @@ def test_documented_arguments_are_sb3s_and_our_own(spec: AlgoSpec) -> None:
     ours = constructor_keys(spec.cls)
     assert theirs <= ours
     shared = frozenset(OffPolicyKwargs.__optional_keys__)
-    assert shared - theirs == {"max_grad_norm", "exploration_noise", "warmup"}
+    assert shared - theirs == {"max_grad_norm", "exploration_noise", "warmup", "engine"}
     assert frozenset(CommonKwargs.__optional_keys__) <= theirs
 
 

@@ -76,10 +76,11 @@ def double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["mlp", "unequal", "images", "shared extractor"],
 )
-def test_equals_td3_with_extras_off(policy: str, space: spaces.Box, policy_kwargs: dict[str, Any]) -> None:
+@pytest.mark.parametrize("engine", [True, False], ids=["engine on", "engine off"])
+def test_equals_td3_with_extras_off(policy: str, space: spaces.Box, policy_kwargs: dict[str, Any], engine: bool) -> None:
     kwargs = {"policy_kwargs": policy_kwargs, "learning_rate": lambda progress: 1e-3 * progress}
-    models = [make(cls, RandomEnv(space, CONTINUOUS), policy, **kwargs) for cls in (TD3, TD3X)]
-    theirs, ours = models
+    env = RandomEnv(space, CONTINUOUS)
+    models = theirs, ours = make(TD3, env, policy, **kwargs), make(TD3X, env, policy, engine=engine, **kwargs)
     th.testing.assert_close(flat(ours.policy), flat(theirs.policy), rtol=0, atol=0)  # same seed, same initial weights
     for model in models:
         model.policy.double()
@@ -95,9 +96,11 @@ def test_equals_td3_with_extras_off(policy: str, space: spaces.Box, policy_kwarg
             th.testing.assert_close(*moments, rtol=0, atol=1e-10)
 
 
-def test_learns_the_same_as_td3_from_the_same_seed() -> None:
-    theirs, ours = (make(cls, env="Pendulum-v1").learn(120) for cls in (TD3, TD3X))
-    th.testing.assert_close(flat(ours.policy), flat(theirs.policy), rtol=0, atol=1e-6)
+@pytest.mark.parametrize("engine", [True, False], ids=["engine on", "engine off"])
+def test_learns_the_same_as_td3_from_the_same_seed(engine: bool) -> None:
+    theirs, ours = make(TD3, env="Pendulum-v1").learn(120), make(TD3X, env="Pendulum-v1", engine=engine).learn(120)
+    np.testing.assert_allclose(ours.replay_buffer.actions[:40], theirs.replay_buffer.actions[:40], atol=1e-6)
+    th.testing.assert_close(flat(ours.policy), flat(theirs.policy), rtol=0, atol=0 if not engine else 1e-4)
 
 
 def test_streams_are_disjoint() -> None:
@@ -234,10 +237,20 @@ def test_gradients_are_clipped_per_network(bounds: Any, monkeypatch: pytest.Monk
         assert moved["clipped"]["actor"] > 2e-3
 
 
-def test_actor_update_leaves_the_critic_without_gradient() -> None:
-    model = make()
-    model._descend("actor", model._actor_loss(batches(1, dtype=th.float32)[0]))
-    assert all(parameter.grad is None for parameter in model.critic.parameters())
+@pytest.mark.parametrize("engine", [True, False])
+def test_actor_update_computes_no_gradient_of_the_critic(engine: bool) -> None:
+    model = make(engine=engine)
+    model._begin_updates()
+    seen = []
+    original = model._actor_loss
+
+    def loss_of(batch: Any) -> th.Tensor:
+        seen.extend(parameter.requires_grad for parameter in model.critic.parameters())
+        return original(batch)
+
+    model._descend("actor", loss_of, batches(1, dtype=th.float32)[0])
+    assert seen == [False] * 12
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.critic.parameters())
 
 
 def test_layer_norm_is_in_both_streams_of_critic_and_target_only() -> None:

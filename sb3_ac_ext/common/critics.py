@@ -11,6 +11,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
+from sb3_ac_ext.common.fused_mlp import FusedMLP
+
 
 class TwinStreamCritic(BaseModel):
     """
@@ -50,8 +52,8 @@ class TwinStreamCritic(BaseModel):
         input_dim = features_dim + get_action_dim(action_space)
         norms: list[type[nn.Module]] = [nn.LayerNorm] if layer_norm else []
 
-        def stream() -> nn.Sequential:
-            return nn.Sequential(*create_mlp(input_dim, 1, list(net_arch), activation_fn, post_linear_modules=norms))
+        def stream() -> FusedMLP:
+            return FusedMLP(*create_mlp(input_dim, 1, list(net_arch), activation_fn, post_linear_modules=norms))
 
         self.qf0 = stream()
         self.qf1 = stream()

@@ -75,6 +75,8 @@ class OffPolicyKwargs(CommonKwargs, total=False):
     """Bound on the gradient's 2-norm, for each network by itself (a dict names them); None does not clip."""
     exploration_noise: dict[str, Any] | None
     """Exploration noise that decays: see `sb3_ac_ext.common.noise.NoiseSchedule`. Not together with ``action_noise``."""
+    engine: bool
+    """Whether the fast paths are taken where they apply (`engine_report()` says where); the mathematics is the same."""
     warmup: str
     """Until ``learning_starts``: "uniform" draws uniform actions, "noise" the policy's with exploration noise of std 1."""
 

@@ -1,23 +1,19 @@
 """The update loop that the algorithms share, so that each `train` reads as its paper."""
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from sb3_ac_ext.common.descent import Average, Descent, FlatAdam, constant, parameters_of
+from sb3_ac_ext.common.fused_mlp import FusedMLP
 from sb3_ac_ext.common.schedules import as_schedule
 from sb3_ac_ext.common.validation import NonFiniteError, check_mapping, check_number
 
-
-def parameters_of(optimizer: th.optim.Optimizer) -> list[th.nn.Parameter]:
-    """
-    :param optimizer: an optimizer
-    :return: everything that it changes
-    """
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+Batch = TypeVar("Batch")
 
 
 class TensorMeans:
@@ -45,16 +41,21 @@ class TensorMeans:
 
 class UpdateMixin(BaseAlgorithm):
     """
-    Learning rates, gradient steps, clipping and logging for algorithms with several optimizers.
+    Learning rates, gradient steps, target averages and logging for algorithms with several optimizers.
 
     An algorithm names its optimizers in `_optimizers`. The network called ``x`` there has the learning rate
-    ``x_learning_rate`` if the algorithm has such an argument and it is not None, ``learning_rate`` otherwise.
+    ``x_learning_rate`` if the algorithm has such an argument and it is not None, ``learning_rate`` otherwise, and the
+    target network ``x_target`` if the algorithm has such an attribute.
     """
 
+    engine: bool = True
     max_grad_norm: float | dict[str, float] | None = None
     _rates: dict[str, FloatSchedule]
     _max_grad_norms: dict[str, float]
     _means: TensorMeans
+    _descents: dict[str, Descent]
+    _averages: dict[str, Average]
+    _others: dict[str, list[th.nn.Parameter]]
 
     def _optimizers(self) -> dict[str, th.optim.Optimizer]:
         """The optimizers by the name of their network."""
@@ -65,6 +66,8 @@ class UpdateMixin(BaseAlgorithm):
 
     def _setup_updates(self) -> None:
         """Parse the arguments that belong to single networks; call at the end of `_setup_model`."""
+        if not isinstance(self.engine, bool):
+            raise TypeError(f"engine must be True or False, got {self.engine!r} of type {type(self.engine).__name__}")
         names = list(self._optimizers())
         rates = {name: getattr(self, f"{name}_learning_rate", None) for name in names}
         self._rates = {name: as_schedule(f"{name}_learning_rate", rate) for name, rate in rates.items() if rate is not None}
@@ -75,6 +78,45 @@ class UpdateMixin(BaseAlgorithm):
             check_number(f"max_grad_norm[{name!r}]", bound, low=1e-12)
         self._max_grad_norms = bounds
         self._means = TensorMeans()
+        for module in self.policy.modules():
+            if isinstance(module, FusedMLP):
+                module.fused = self.engine
+        self._descents = {}
+        parameters = {name: parameters_of(optimizer) for name, optimizer in self._optimizers().items()}
+        everything = {id(parameter): parameter for own in parameters.values() for parameter in own}
+        self._others = {
+            name: [everything[i] for i in everything.keys() - set(map(id, own))] for name, own in parameters.items()
+        }
+        self._averages = {name: Average(getattr(self, f"{name}_target")) for name in names if hasattr(self, f"{name}_target")}
+
+    def _choose_descent(self, network: str, optimizer: th.optim.Optimizer) -> Descent:
+        """Flat steps where they are possible now; hooks and other layers may have come since the last time."""
+        current = self._descents.get(network)
+        flat = self._flat_obstacle(optimizer) is None
+        if current is None or current.optimizer is not optimizer or flat != isinstance(current, FlatAdam):
+            current = FlatAdam(optimizer, self._mlps(optimizer)) if flat else Descent(optimizer)
+        current.check()
+        return current
+
+    def _mlps(self, optimizer: th.optim.Optimizer) -> list[FusedMLP]:
+        own = {id(parameter) for parameter in parameters_of(optimizer)}
+        mlps = [module for module in self.policy.modules() if isinstance(module, FusedMLP)]
+        return [mlp for mlp in mlps if own.issuperset(map(id, mlp.parameters()))]
+
+    def _flat_obstacle(self, optimizer: th.optim.Optimizer) -> str | None:
+        return FlatAdam.obstacle(optimizer, self._mlps(optimizer)) if self.engine else "engine=False"
+
+    def engine_report(self) -> dict[str, str]:
+        """
+        What runs on the fast paths, and why something does not.
+
+        :return: a sentence for each part
+        """
+        report = {}
+        for name, optimizer in self._optimizers().items():
+            obstacle = self._flat_obstacle(optimizer)
+            report[f"{name} update"] = "fused layers, flat Adam" if obstacle is None else f"PyTorch: {obstacle}"
+        return report
 
     def _begin_updates(self) -> None:
         """Training mode and this moment's learning rates."""
@@ -83,28 +125,38 @@ class UpdateMixin(BaseAlgorithm):
         rate = self.lr_schedule(progress)
         self.logger.record("train/learning_rate", rate)
         for name, optimizer in self._optimizers().items():
+            self._descents[name] = self._choose_descent(name, optimizer)
             if name in self._rates:
                 own = self._rates[name](progress)
                 self.logger.record(f"train/{name}_learning_rate", own)
             update_learning_rate(optimizer, self._rates[name](progress) if name in self._rates else rate)
 
-    def _descend(self, network: str, loss: th.Tensor) -> None:
+    def _descend(self, network: str, loss_of: Callable[[Batch], th.Tensor], batch: Batch) -> None:
         """
-        One gradient step of one network; gradients of the others are not computed.
+        One gradient step of one network; the other networks are constants of its loss.
 
         :param network: its name in `_optimizers`
-        :param loss: ``()`` its loss
+        :param loss_of: from a batch to the scalar loss
+        :param batch: the batch
         """
-        optimizer = self._optimizers()[network]
-        parameters = parameters_of(optimizer)
-        optimizer.zero_grad()
-        loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        descent = self._descents[network]
+        with constant(self._others[network]):
+            loss = loss_of(batch)
+        norm = descent.backward(loss)
         if network in self._max_grad_norms:
-            clip_grads_with_norm_(parameters, self._max_grad_norms[network], norm)
-        optimizer.step()
+            descent.clip(self._max_grad_norms[network], norm)
+        descent.step()
         self._means.add(f"{network}_loss", loss)
         self._means.add(f"{network}_grad_norm", norm)
+
+    def _follow(self, network: str, tau: float) -> None:
+        """
+        Move a network's target towards it.
+
+        :param network: its name in `_optimizers`
+        :param tau: share of the online network, in [0, 1]
+        """
+        self._averages[network].update(self._descents[network], tau)
 
     def _end_updates(self) -> None:
         """
@@ -112,11 +164,10 @@ class UpdateMixin(BaseAlgorithm):
 
         :raises NonFiniteError: if a loss or a parameter is NaN or infinite
         """
-        optimizers = self._optimizers()
-        for name, optimizer in optimizers.items():
-            self._means.add(f"{name}_parameters", get_total_norm(parameters_of(optimizer)))
+        for name, descent in self._descents.items():
+            self._means.add(f"{name}_parameters", descent.norm())
         means = self._means.read()
-        norms = {name: means.pop(f"{name}_parameters") for name in optimizers}
+        norms = {name: means.pop(f"{name}_parameters") for name in self._descents}
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for key, value in means.items():
             self.logger.record(f"train/{key}", value)
@@ -132,4 +183,4 @@ class UpdateMixin(BaseAlgorithm):
             )
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_rates", "_max_grad_norms", "_means"]
+        return [*super()._excluded_save_params(), "_rates", "_max_grad_norms", "_means", "_descents", "_averages", "_others"]

@@ -1,0 +1,270 @@
+"""Gradient steps and target averages on one flat tensor for each network, where its layers and optimizer allow it."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch as th
+from stable_baselines3.common.utils import polyak_update
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.adam import adam
+
+from sb3_ac_ext.common.fused_mlp import FusedMLP
+
+STATE = ("step", "exp_avg", "exp_avg_sq")
+"""The names in Adam's state of a parameter."""
+MOMENTS = STATE[1:]
+
+
+def parameters_of(optimizer: th.optim.Optimizer) -> list[nn.Parameter]:
+    """
+    :param optimizer: an optimizer
+    :return: everything that it changes
+    """
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@contextmanager
+def constant(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """
+    Within this context graphs take ``parameters`` as constants, so that nobody computes their gradients.
+
+    :param parameters: of the networks that a loss depends on but does not train
+    """
+    frozen = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+class FlatTensor:
+    """
+    One tensor that several others are views of, in their order.
+
+    :param tensors: of one type and device; `bind` gives them their place
+    """
+
+    def __init__(self, tensors: Sequence[th.Tensor]) -> None:
+        self.values = th.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        sizes = [tensor.numel() for tensor in tensors]
+        parts = th.split(self.values, sizes)
+        self.views = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+        self._pointers = [view.data_ptr() for view in self.views]
+
+    def holds(self, tensors: Iterable[th.Tensor]) -> bool:
+        """Whether ``tensors`` are still the views: nobody has given them memory of their own."""
+        return all(t.data_ptr() == pointer for t, pointer in zip(tensors, self._pointers, strict=True))
+
+
+def bind(parameters: Sequence[nn.Parameter]) -> FlatTensor:
+    """
+    Move parameters into one flat tensor; they stay the objects they are.
+
+    :param parameters: of one network
+    :return: what they are views of
+    """
+    flat = FlatTensor(parameters)
+    for parameter, view in zip(parameters, flat.views, strict=True):
+        parameter.data = view
+    return flat
+
+
+class Descent:
+    """
+    Gradient steps of one network with its optimizer, as PyTorch does them.
+
+    :param optimizer: the network's optimizer
+    """
+
+    def __init__(self, optimizer: th.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.parameters = parameters_of(optimizer)
+
+    def check(self) -> None:
+        """Called before updates: take notice of what has been changed from outside."""
+
+    def backward(self, loss: th.Tensor) -> th.Tensor:
+        """
+        Gradients of the network's parameters.
+
+        :param loss: ``()`` with the parameters of other networks as constants
+        :return: ``()`` 2-norm of the gradients
+        """
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def clip(self, bound: float, norm: th.Tensor) -> None:
+        """
+        :param bound: largest 2-norm
+        :param norm: ``()`` what `backward` returned
+        """
+        clip_grads_with_norm_(self.parameters, bound, norm)
+
+    def step(self) -> None:
+        """Apply the gradients."""
+        self.optimizer.step()
+
+    def norm(self) -> th.Tensor:
+        """``()`` 2-norm of the parameters."""
+        return get_total_norm(self.parameters)
+
+
+class FlatAdam(Descent):
+    """
+    Adam on one flat tensor: parameters, gradients and moments of an MLP network.
+
+    The optimizer keeps its state, whose tensors become views of the flat ones, so saving, loading and changing the rate
+    work on it as ever; memory that was exchanged from outside is taken over by `check`.
+
+    :param optimizer: for which there is no `obstacle`
+    :param mlps: the modules that hold its parameters, in its order
+    """
+
+    def __init__(self, optimizer: th.optim.Optimizer, mlps: Sequence[FusedMLP]) -> None:
+        super().__init__(optimizer)
+        self.mlps = mlps
+        self._bind()
+
+    @staticmethod
+    def obstacle(optimizer: th.optim.Optimizer, mlps: Sequence[FusedMLP]) -> str | None:
+        """
+        :param optimizer: the network's optimizer
+        :param mlps: its modules
+        :return: why Adam cannot run flat; None if it can
+        """
+        for mlp in mlps:
+            if mlp.obstacle is not None:
+                return mlp.obstacle
+        if type(optimizer) is not th.optim.Adam or len(optimizer.param_groups) != 1:
+            return f"the optimizer is {type(optimizer).__name__} with {len(optimizer.param_groups)} parameter groups"
+        group = optimizer.param_groups[0]
+        options = [name for name in ("amsgrad", "maximize", "capturable", "differentiable") if group[name]]
+        if options or isinstance(group["lr"], th.Tensor):
+            return f"Adam's options {', '.join(options) or 'lr as a tensor'}"
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            return "a hook on the optimizer"
+        own = [id(parameter) for mlp in mlps for parameter in mlp.parameters()]
+        if own != [id(parameter) for parameter in group["params"]]:
+            return "parameters outside of the MLPs"
+        if not all(parameter.requires_grad for parameter in group["params"]):
+            return "frozen parameters"
+        steps = {float(optimizer.state[p]["step"]) for p in group["params"] if p in optimizer.state}
+        if len(steps) > 1 or len(optimizer.state) not in (0, len(group["params"])):
+            return "parameters that were not always updated together"
+        return None
+
+    def _bind(self) -> None:
+        state, parameters = self.optimizer.state, self.parameters
+        self.flat = bind(parameters)
+        self.gradient = FlatTensor([th.zeros_like(parameter) for parameter in parameters])
+        started = len(state) > 0
+        old = [[state[p][name].to(p) if started else th.zeros_like(p) for p in parameters] for name in MOMENTS]
+        self.moments = [FlatTensor(tensors) for tensors in old]
+        # a counter of its own for each parameter: a saved state may be loaded into an optimizer that steps them one by one
+        count = float(state[parameters[0]]["step"]) if started else 0.0
+        self.counts = FlatTensor([th.full((), count, device=parameter.device) for parameter in parameters])
+        self.published = False
+        if started:
+            self._publish()
+
+    def _publish(self) -> None:
+        """Put the flat tensors' views into the optimizer's state, which is empty before the first step as in PyTorch."""
+        flats = (self.counts, *self.moments)
+        for parameter, *views in zip(self.parameters, *(flat.views for flat in flats), strict=True):
+            self.optimizer.state[parameter] = dict(zip(STATE, views, strict=True))
+        self.published = True
+
+    def check(self) -> None:
+        """Take over parameters and moments that were given other memory (a loaded optimizer, a moved policy)."""
+        if not (self.flat.holds(self.parameters) and self._holds_state()):
+            self._bind()
+
+    def _holds_state(self) -> bool:
+        state = self.optimizer.state
+        if not self.published:
+            return len(state) == 0
+        states = [state.get(parameter, {}) for parameter in self.parameters]
+        flats = (self.counts, *self.moments)
+        return all(states) and all(flat.holds([s[name] for s in states]) for flat, name in zip(flats, STATE, strict=True))
+
+    def backward(self, loss: th.Tensor) -> th.Tensor:
+        """See `Descent.backward`; the gradients are written into the flat tensor."""
+        views = iter(self.gradient.views)
+        for mlp in self.mlps:
+            mlp.sink, mlp.sink_filled = [next(views) for _ in mlp.parameters()], False
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+            for mlp in self.mlps:
+                if not mlp.sink_filled and mlp.sink is not None:  # the loss does not depend on it
+                    for place in mlp.sink:
+                        place.zero_()
+        finally:
+            for mlp in self.mlps:
+                mlp.sink = None
+        for parameter, view in zip(self.parameters, self.gradient.views, strict=True):
+            parameter.grad = view
+        norm: th.Tensor = th.linalg.vector_norm(self.gradient.values)
+        return norm
+
+    def clip(self, bound: float, norm: th.Tensor) -> None:
+        """See `Descent.clip`."""
+        self.gradient.values.mul_((bound / (norm + 1e-6)).clamp(max=1.0))
+
+    def step(self) -> None:
+        """See `Descent.step`."""
+        if not self.published:
+            self._publish()
+        group = self.optimizer.param_groups[0]
+        adam(
+            [self.flat.values],
+            [self.gradient.values],
+            [self.moments[0].values],
+            [self.moments[1].values],
+            [],
+            [self.counts.views[0]],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        self.counts.values[1:] = self.counts.values[0]
+
+    def norm(self) -> th.Tensor:
+        """See `Descent.norm`."""
+        norm: th.Tensor = th.linalg.vector_norm(self.flat.values)
+        return norm
+
+
+class Average:
+    """
+    A target network that follows its online network (Polyak averaging).
+
+    :param target: the network that follows
+    """
+
+    def __init__(self, target: nn.Module) -> None:
+        self.parameters = list(target.parameters())
+        self.flat: FlatTensor | None = None
+
+    def update(self, online: Descent, tau: float) -> None:
+        """
+        theta_target <- tau theta + (1 - tau) theta_target
+
+        :param online: the steps of the network that is followed
+        :param tau: its share, in [0, 1]
+        """
+        if not isinstance(online, FlatAdam):
+            polyak_update(online.parameters, self.parameters, tau)
+            return
+        if self.flat is None or not self.flat.holds(self.parameters):
+            self.flat = bind(self.parameters)
+        self.flat.values.lerp_(online.flat.values, tau)
