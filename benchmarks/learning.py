@@ -21,6 +21,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import rl_zoo3.import_envs  # noqa: F401 (registers the environments)
 from rl_zoo3 import ALGOS, create_test_env, get_saved_hyperparams
 
 RESULTS = Path(__file__).parent / "results"
@@ -140,7 +141,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     colours = dict(zip(result["medians"], plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
     for run in result["runs"]:
         label = f"{run['algo']} seed {run['seed']}: {run['mean']:.0f} at the end"
-        axes.plot(run["timesteps"], run["returns"], color=colours[run["algo"]], alpha=0.8, label=label)
+        style = "-" if run["algo"] == next(iter(colours)) else "--"  # equal curves stay visible
+        axes.plot(run["timesteps"], run["returns"], style, color=colours[run["algo"]], alpha=0.8, label=label)
     axes.axhline(result["random"], color="grey", linestyle=":", label=f"random policy: {result['random']:.0f}")
     axes.set(title=result["env"], xlabel="environment steps", ylabel="mean return of an evaluation")
     axes.legend(fontsize=8)
@@ -152,7 +154,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--name", required=True, help="of the files in benchmarks/results")
     parser.add_argument("--env", required=True)
     parser.add_argument("--algos", nargs="+", required=True)

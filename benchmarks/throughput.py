@@ -56,7 +56,7 @@ def model_for(cls: Any, kwargs: dict[str, Any], n_envs: int = 1, steps: int = 10
     from stable_baselines3.common.env_util import make_vec_env
 
     env = make_vec_env(ENV, n_envs=n_envs, seed=0)
-    model = cls("MlpPolicy", env, **{"learning_starts": steps, "seed": 0, **kwargs})
+    model = cls("MlpPolicy", env, **{**kwargs, "learning_starts": steps, "seed": 0})
     return model.learn(steps + 8 * n_envs)
 
 

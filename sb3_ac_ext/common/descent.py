@@ -138,7 +138,7 @@ class FlatAdam(Descent):
         :return: why Adam cannot run flat; None if it can
         """
         for mlp in mlps:
-            if mlp.obstacle is not None:
+            if mlp.layers() is None:
                 return mlp.obstacle
         if type(optimizer) is not th.optim.Adam or len(optimizer.param_groups) != 1:
             return f"the optimizer is {type(optimizer).__name__} with {len(optimizer.param_groups)} parameter groups"
@@ -148,8 +148,8 @@ class FlatAdam(Descent):
             return f"Adam's options {', '.join(options) or 'lr as a tensor'}"
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             return "a hook on the optimizer"
-        own = [id(parameter) for mlp in mlps for parameter in mlp.parameters()]
-        if own != [id(parameter) for parameter in group["params"]]:
+        own = [parameter for mlp in mlps for parameter in (mlp.layers() or mlp).parameters()]
+        if list(map(id, own)) != list(map(id, group["params"])):
             return "parameters outside of the MLPs"
         if not all(parameter.requires_grad for parameter in group["params"]):
             return "frozen parameters"

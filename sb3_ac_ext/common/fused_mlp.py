@@ -8,6 +8,7 @@ import torch as th
 from torch import nn
 
 from sb3_ac_ext.common.matmul import addmm, mm
+from sb3_ac_ext.common.workspace import current
 
 
 @dataclass(frozen=True)
@@ -16,24 +17,8 @@ class Activation:
 
     forward_: Callable[[th.Tensor], th.Tensor]
     """Applies it in place."""
-    backward: Callable[[th.Tensor, th.Tensor], th.Tensor]
-    """(gradient of the output, output) -> gradient of the input."""
-
-
-def _elu_backward(grad: th.Tensor, out: th.Tensor) -> th.Tensor:
-    return grad * (out.clamp(max=0) + 1)  # exp(x) = elu(x) + 1 below zero
-
-
-def _tanh_backward(grad: th.Tensor, out: th.Tensor) -> th.Tensor:
-    return th.addcmul(grad, grad * out, out, value=-1)
-
-
-def _sigmoid_backward(grad: th.Tensor, out: th.Tensor) -> th.Tensor:
-    return grad * (out * (1 - out))
-
-
-def _relu_backward(grad: th.Tensor, out: th.Tensor) -> th.Tensor:
-    return grad * out.sign()  # a fifth of the time of a boolean mask
+    derivative_: Callable[[th.Tensor], th.Tensor]
+    """Turns an output into the derivative there, in place."""
 
 
 def _elu_(x: th.Tensor) -> th.Tensor:
@@ -41,10 +26,10 @@ def _elu_(x: th.Tensor) -> th.Tensor:
 
 
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
-    nn.ReLU: Activation(th.relu_, _relu_backward),
-    nn.Tanh: Activation(th.tanh_, _tanh_backward),
-    nn.Sigmoid: Activation(th.sigmoid_, _sigmoid_backward),
-    nn.ELU: Activation(_elu_, _elu_backward),
+    nn.ReLU: Activation(th.relu_, th.Tensor.sign_),  # a fifth of the time of a boolean mask
+    nn.Tanh: Activation(th.tanh_, lambda y: y.square_().neg_().add_(1)),
+    nn.Sigmoid: Activation(th.sigmoid_, lambda y: y.addcmul_(y, y, value=-1)),
+    nn.ELU: Activation(_elu_, lambda y: y.clamp_(max=0).add_(1)),  # exp(x) = elu(x) + 1 below zero
 }
 """The activations that the node knows, by exact type and with their default arguments."""
 
@@ -86,42 +71,79 @@ class FusedMLP(nn.Sequential):
                 return f"the layer {module}"
         return None if len(self) else "no layer"
 
-    def plan(self) -> Plan:
-        """The activation after each linear layer."""
-        following = [*self, None][1:]
-        return tuple(
-            ACTIVATIONS.get(type(after)) for layer, after in zip(self, following, strict=True) if type(layer) is nn.Linear
-        )
+    def layers(self) -> "Layers | None":
+        """The layers for the node, looked up again only if modules or hooks have changed; None if there is an obstacle."""
+        layers = self.__dict__.get("_known_layers")
+        if layers is None or not layers.hold(self):
+            layers = Layers(self) if self.obstacle is None else None
+            self.__dict__["_known_layers"] = layers
+        return layers if self.fused else None
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
         :param x: ``(B, inputs)``
         :return: ``(B, outputs)``
         """
-        if self.obstacle is not None or x.dim() != 2 or x.dtype != next(self.parameters()).dtype:
+        layers = self.layers()
+        parameters = () if layers is None else layers.parameters()
+        if layers is None or x.dim() != 2 or x.dtype != parameters[0].dtype:
             output: th.Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         elif th.is_grad_enabled():
-            output = _Node.apply(self, x, *self.parameters())  # type: ignore[no-untyped-call]
+            output = _Node.apply(self, layers.plan, x, *parameters)  # type: ignore[no-untyped-call]
         else:
-            output = run(self.plan(), x, tuple(self.parameters()))[-1]
+            output = run(layers.plan, x, parameters)[-1]
         return output
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_known_layers"}
 
-def run(plan: Plan, x: th.Tensor, parameters: Sequence[th.Tensor]) -> list[th.Tensor]:
+
+class Layers:
+    """What `FusedMLP` needs to know of its modules, and a quick check whether it still holds."""
+
+    def __init__(self, mlp: FusedMLP) -> None:
+        self.modules = list(mlp)
+        following = [*self.modules, nn.Identity()][1:]
+        linear = [(m, after) for m, after in zip(self.modules, following, strict=True) if type(m) is nn.Linear]
+        self.plan: Plan = tuple(ACTIVATIONS.get(type(after)) for _, after in linear)
+        self._places: list[tuple[dict[str, Any], str]] = [
+            (module._parameters, name) for module, _ in linear for name in ("weight", "bias")
+        ]
+        hooked = (mlp, *self.modules)
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        self._hooks = [getattr(module, kind) for module in hooked for kind in kinds]
+
+    def hold(self, mlp: FusedMLP) -> bool:
+        return [*mlp._modules.values()] == self.modules and not any(self._hooks)
+
+    def parameters(self) -> tuple[th.Tensor, ...]:
+        """Weight and bias of each layer, in turn, as they are now."""
+        return tuple(parameters[name] for parameters, name in self._places)
+
+
+def run(plan: Plan, x: th.Tensor, parameters: Sequence[th.Tensor], keep: bool = False) -> list[th.Tensor]:
     """
     The output of every layer.
 
     :param plan: the activation after each layer
     :param x: ``(B, inputs)``
     :param parameters: weight ``(out, in)`` and bias ``(out,)`` of each layer, in turn
-    :return: ``(B, out)`` for each layer, after its activation
+    :param keep: whether all outputs are needed later; otherwise only the last one is valid
+    :return: ``(B, out)`` for each layer, after its activation; in a workspace all but the last belong to it
     """
-    outputs = []
-    for activation, weight, bias in zip(plan, parameters[::2], parameters[1::2], strict=True):
-        x = addmm(bias, x, weight.t())
+    workspace = current()
+    outputs: list[th.Tensor] = []
+    for i, activation in enumerate(plan):
+        weight, bias = parameters[2 * i], parameters[2 * i + 1]
+        last = i == len(plan) - 1
+        out = None if workspace is None or last else workspace.take(len(x), len(bias), x)
+        y = addmm(bias, x, weight.t(), out)
         if activation is not None:
-            x = activation.forward_(x)
-        outputs.append(x)
+            y = activation.forward_(y)
+        if workspace is not None and not keep:
+            workspace.give(x)
+        outputs.append(y)
+        x = y
     return outputs
 
 
@@ -129,9 +151,9 @@ class _Node(th.autograd.Function):
     """`run` with a hand-written backward."""
 
     @staticmethod
-    def forward(ctx: Any, module: FusedMLP, x: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
-        ctx.module, ctx.plan = module, module.plan()
-        outputs = run(ctx.plan, x, parameters)
+    def forward(ctx: Any, module: FusedMLP, plan: Plan, x: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
+        ctx.module, ctx.plan, ctx.workspace = module, plan, current()
+        outputs = run(plan, x, parameters, keep=True)
         ctx.save_for_backward(x, *outputs, *parameters)
         return outputs[-1]
 
@@ -139,20 +161,25 @@ class _Node(th.autograd.Function):
     def backward(ctx: Any, grad: th.Tensor) -> tuple[Any, ...]:
         n, saved = len(ctx.plan), ctx.saved_tensors
         inputs, outputs, weights = saved[:n], saved[1 : n + 1], saved[n + 1 :: 2]  # a layer's input is the output before it
-        _, x_needed, *needed = ctx.needs_input_grad
-        sink = _Sink(ctx.module, 2 * n)
+        _, _, x_needed, *needed = ctx.needs_input_grad
+        sink, workspace = _Sink(ctx.module, 2 * n), ctx.workspace
         for layer in reversed(range(n)):
             activation = ctx.plan[layer]
             if activation is not None:
-                grad = activation.backward(grad, outputs[layer])
+                own = workspace is not None and layer < n - 1  # this graph's alone, and not needed again
+                factor = activation.derivative_(outputs[layer] if own else outputs[layer].clone())
+                grad = grad.mul_(factor) if own else grad * factor
             if needed[2 * layer]:
                 sink.weight(2 * layer, grad, inputs[layer])
             if needed[2 * layer + 1]:
                 sink.bias(2 * layer + 1, grad)
             if not (x_needed or any(needed[: 2 * layer])):
-                return None, None, *sink.close()
-            grad = mm(grad, weights[layer])
-        return None, grad, *sink.close()
+                return None, None, None, *sink.close()
+            out = None if workspace is None or layer == 0 else workspace.take(len(grad), weights[layer].shape[1], grad)
+            incoming, grad = grad, mm(grad, weights[layer], out)
+            if workspace is not None:
+                workspace.give(incoming)
+        return None, None, grad, *sink.close()
 
 
 class _Sink:

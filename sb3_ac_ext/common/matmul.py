@@ -101,9 +101,9 @@ def mm(a: th.Tensor, b: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
     return th.mm(a, b, out=out)
 
 
-def addmm(bias: th.Tensor, a: th.Tensor, b: th.Tensor) -> th.Tensor:
+def addmm(bias: th.Tensor, a: th.Tensor, b: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
     """``a @ b + bias``, see `torch.addmm`."""
     if _through_onednn(a, b):
         with onednn():
-            return th.addmm(bias, a, b)
-    return th.addmm(bias, a, b)
+            return th.addmm(bias, a, b, out=out)
+    return th.addmm(bias, a, b, out=out)

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch as th
@@ -12,6 +13,7 @@ from sb3_ac_ext.common.descent import Average, Descent, FlatAdam, constant, para
 from sb3_ac_ext.common.fused_mlp import FusedMLP
 from sb3_ac_ext.common.schedules import as_schedule
 from sb3_ac_ext.common.validation import NonFiniteError, check_mapping, check_number
+from sb3_ac_ext.common.workspace import Workspace
 
 Batch = TypeVar("Batch")
 
@@ -56,6 +58,7 @@ class UpdateMixin(BaseAlgorithm):
     _descents: dict[str, Descent]
     _averages: dict[str, Average]
     _others: dict[str, list[th.nn.Parameter]]
+    _workspace: Workspace
 
     def _optimizers(self) -> dict[str, th.optim.Optimizer]:
         """The optimizers by the name of their network."""
@@ -78,6 +81,7 @@ class UpdateMixin(BaseAlgorithm):
             check_number(f"max_grad_norm[{name!r}]", bound, low=1e-12)
         self._max_grad_norms = bounds
         self._means = TensorMeans()
+        self._workspace = Workspace()
         for module in self.policy.modules():
             if isinstance(module, FusedMLP):
                 module.fused = self.engine
@@ -92,9 +96,10 @@ class UpdateMixin(BaseAlgorithm):
     def _choose_descent(self, network: str, optimizer: th.optim.Optimizer) -> Descent:
         """Flat steps where they are possible now; hooks and other layers may have come since the last time."""
         current = self._descents.get(network)
-        flat = self._flat_obstacle(optimizer) is None
+        mlps = current.mlps if isinstance(current, FlatAdam) else self._mlps(optimizer)
+        flat = self.engine and FlatAdam.obstacle(optimizer, mlps) is None
         if current is None or current.optimizer is not optimizer or flat != isinstance(current, FlatAdam):
-            current = FlatAdam(optimizer, self._mlps(optimizer)) if flat else Descent(optimizer)
+            current = FlatAdam(optimizer, mlps) if flat else Descent(optimizer)
         current.check()
         return current
 
@@ -102,9 +107,6 @@ class UpdateMixin(BaseAlgorithm):
         own = {id(parameter) for parameter in parameters_of(optimizer)}
         mlps = [module for module in self.policy.modules() if isinstance(module, FusedMLP)]
         return [mlp for mlp in mlps if own.issuperset(map(id, mlp.parameters()))]
-
-    def _flat_obstacle(self, optimizer: th.optim.Optimizer) -> str | None:
-        return FlatAdam.obstacle(optimizer, self._mlps(optimizer)) if self.engine else "engine=False"
 
     def engine_report(self) -> dict[str, str]:
         """
@@ -114,7 +116,7 @@ class UpdateMixin(BaseAlgorithm):
         """
         report = {}
         for name, optimizer in self._optimizers().items():
-            obstacle = self._flat_obstacle(optimizer)
+            obstacle = FlatAdam.obstacle(optimizer, self._mlps(optimizer)) if self.engine else "engine=False"
             report[f"{name} update"] = "fused layers, flat Adam" if obstacle is None else f"PyTorch: {obstacle}"
         return report
 
@@ -140,9 +142,11 @@ class UpdateMixin(BaseAlgorithm):
         :param batch: the batch
         """
         descent = self._descents[network]
-        with constant(self._others[network]):
-            loss = loss_of(batch)
-        norm = descent.backward(loss)
+        with self._workspace.lend() if self.engine else nullcontext():
+            with constant(self._others[network]):
+                loss = loss_of(batch)
+            norm = descent.backward(loss)
+            loss = loss.detach()
         if network in self._max_grad_norms:
             descent.clip(self._max_grad_norms[network], norm)
         descent.step()
@@ -183,4 +187,13 @@ class UpdateMixin(BaseAlgorithm):
             )
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_rates", "_max_grad_norms", "_means", "_descents", "_averages", "_others"]
+        return [
+            *super()._excluded_save_params(),
+            "_rates",
+            "_max_grad_norms",
+            "_means",
+            "_descents",
+            "_averages",
+            "_others",
+            "_workspace",
+        ]

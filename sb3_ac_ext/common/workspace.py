@@ -1,0 +1,65 @@
+"""
+Memory for the intermediate results of updates, used again and again.
+
+A fresh tensor of some hundred kilobytes costs more than the arithmetic on it, because the operating system hands out its
+pages one fault at a time. Within `Workspace.lend` the fused layers take their intermediate results from here.
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch as th
+
+_lending = threading.local()
+
+
+def current() -> "Workspace | None":
+    """The workspace that this thread computes in; None outside of `Workspace.lend`."""
+    workspace: Workspace | None = getattr(_lending, "workspace", None)
+    return workspace
+
+
+class Workspace:
+    """Tensors by shape, type and device. What was taken is given back at the end of `lend` at the latest."""
+
+    def __init__(self) -> None:
+        self._free: defaultdict[Any, list[th.Tensor]] = defaultdict(list)
+        self._taken: dict[int, th.Tensor] = {}
+
+    @contextmanager
+    def lend(self) -> Iterator[None]:
+        """
+        The fused layers of this thread compute in the workspace until the context ends.
+
+        A graph that is made here must be run backward here, once; nothing of it may be kept but its scalars.
+        """
+        previous = current()
+        _lending.workspace = self
+        try:
+            yield
+        finally:
+            _lending.workspace = previous
+            for tensor in list(self._taken.values()):
+                self.give(tensor)
+
+    def take(self, rows: int, columns: int, like: th.Tensor) -> th.Tensor:
+        """
+        :param rows: of the tensor
+        :param columns: of the tensor
+        :param like: whose type and device it has
+        :return: ``(rows, columns)`` with any content
+        """
+        free = self._free[rows, columns, like.dtype, like.device]
+        tensor = free.pop() if free else like.new_empty(rows, columns)
+        self._taken[id(tensor)] = tensor
+        return tensor
+
+    def give(self, tensor: th.Tensor) -> None:
+        """
+        :param tensor: that nobody reads any more; what was not taken from here is left alone
+        """
+        if self._taken.pop(id(tensor), None) is not None:
+            self._free[*tensor.shape, tensor.dtype, tensor.device].append(tensor)
