@@ -19,9 +19,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_ac_ext import TD3X
-from sb3_ac_ext.common import matmul
+from sb3_ac_ext.common import matmul, replay
 from sb3_ac_ext.common.descent import FlatAdam
-from sb3_ac_ext.common.off_policy import sample_directly
 
 SMALL: dict[str, Any] = {"net_arch": [16, 16]}
 
@@ -127,6 +126,20 @@ def test_changes_from_outside_are_taken_over(what: str) -> None:
     th.testing.assert_close(states[0], states[1], rtol=0, atol=1e-4)
 
 
+def test_parameters_that_were_not_updated_together_keep_their_own_counters() -> None:
+    """Adam corrects each moment by the number of its own updates."""
+    models = [make(engine=engine).learn(30) for engine in (True, False)]
+    start = copy.deepcopy(models[0].get_parameters())
+    start["critic.optimizer"]["state"][3]["step"] += 5
+    for model in models:
+        model.set_parameters(copy.deepcopy(start))
+        np.random.seed(0)
+        th.manual_seed(0)
+        model.train(gradient_steps=4, batch_size=8)
+    assert not isinstance(models[0]._descents["critic"], FlatAdam)
+    th.testing.assert_close(parameters(models[0]), parameters(models[1]), rtol=0, atol=1e-5)
+
+
 def test_a_hook_added_later_is_honoured() -> None:
     model = make().learn(30)
     calls: list[str] = []
@@ -188,10 +201,16 @@ def test_direct_batches_are_those_of_the_buffer(space: spaces.Space, n_envs: int
             theirs = buffer.sample(16)
             following = np.random.random()
             np.random.seed(step)
-            ours = sample_directly(buffer, 16)
+            ours = replay.sample(buffer, 16)
             assert np.random.random() == following
             for value, expected in zip(ours, theirs[:5], strict=True):
                 th.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+def test_report_makes_no_buffer() -> None:
+    model = make()
+    model.engine_report()
+    assert model._replay_buffer is None
 
 
 def test_vec_normalize_and_replaced_methods_take_the_buffers_own_sample(monkeypatch: pytest.MonkeyPatch) -> None:

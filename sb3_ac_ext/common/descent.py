@@ -84,9 +84,6 @@ class Descent:
         self.optimizer = optimizer
         self.parameters = parameters_of(optimizer)
 
-    def check(self) -> None:
-        """Called before updates: take notice of what has been changed from outside."""
-
     def backward(self, loss: th.Tensor) -> th.Tensor:
         """
         Gradients of the network's parameters.
@@ -119,9 +116,9 @@ class FlatAdam(Descent):
     Adam on one flat tensor: parameters, gradients and moments of an MLP network.
 
     The optimizer keeps its state, whose tensors become views of the flat ones, so saving, loading and changing the rate
-    work on it as ever; memory that was exchanged from outside is taken over by `check`.
+    work on it as ever.
 
-    :param optimizer: for which there is no `obstacle`
+    :param optimizer: for which there is no `obstacle`, and whose parameters have been updated together (`in_step`)
     :param mlps: the modules that hold its parameters, in its order
     """
 
@@ -153,10 +150,17 @@ class FlatAdam(Descent):
             return "parameters outside of the MLPs"
         if not all(parameter.requires_grad for parameter in group["params"]):
             return "frozen parameters"
-        steps = {float(optimizer.state[p]["step"]) for p in group["params"] if p in optimizer.state}
-        if len(steps) > 1 or len(optimizer.state) not in (0, len(group["params"])):
-            return "parameters that were not always updated together"
         return None
+
+    @staticmethod
+    def in_step(optimizer: th.optim.Optimizer) -> bool:
+        """
+        :param optimizer: an Adam optimizer
+        :return: whether all of its parameters have been updated the same number of times
+        """
+        states = [optimizer.state[parameter] for parameter in parameters_of(optimizer) if parameter in optimizer.state]
+        together = len(states) in (0, len(parameters_of(optimizer)))
+        return together and len({float(state["step"]) for state in states}) <= 1
 
     def _bind(self) -> None:
         state, parameters = self.optimizer.state, self.parameters
@@ -179,15 +183,11 @@ class FlatAdam(Descent):
             self.optimizer.state[parameter] = dict(zip(STATE, views, strict=True))
         self.published = True
 
-    def check(self) -> None:
-        """Take over parameters and moments that were given other memory (a loaded optimizer, a moved policy)."""
-        if not (self.flat.holds(self.parameters) and self._holds_state()):
-            self._bind()
-
-    def _holds_state(self) -> bool:
+    def is_current(self) -> bool:
+        """Whether parameters and moments are still in the flat tensors (not so after loading an optimizer, say)."""
         state = self.optimizer.state
-        if not self.published:
-            return len(state) == 0
+        if not self.flat.holds(self.parameters) or not self.published:
+            return self.flat.holds(self.parameters) and len(state) == 0
         states = [state.get(parameter, {}) for parameter in self.parameters]
         flats = (self.counts, *self.moments)
         return all(states) and all(flat.holds([s[name] for s in states]) for flat, name in zip(flats, STATE, strict=True))

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 import numpy as np
-import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -15,49 +13,20 @@ from stable_baselines3.common.save_util import save_to_pkl
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from sb3_ac_ext.common import replay
+from sb3_ac_ext.common.arguments import check_off_policy_arguments
 from sb3_ac_ext.common.checkpoint import CheckpointMixin, atomic_file
 from sb3_ac_ext.common.noise import NoiseSchedule, ScaledNoise
 from sb3_ac_ext.common.numpy_actor import NumpyActor
 from sb3_ac_ext.common.typing import Transitions, constructor_keys
 from sb3_ac_ext.common.updates import UpdateMixin
-from sb3_ac_ext.common.validation import (
-    UnsupportedError,
-    check_choice,
-    check_keys,
-    check_number,
-    translated_assertions,
-)
+from sb3_ac_ext.common.validation import check_keys, translated_assertions
 
 AUTOMATIC_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 """What SB3 chooses when no class is given, and stores in its zips as if it had been."""
 
 MADE_ON_DEMAND: Any = object()
 """Stands for the buffer while SB3 sets a model up, which allocates one where it finds none."""
-
-
-def sample_directly(buffer: ReplayBuffer, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
-    """
-    What ``ReplayBuffer.sample`` returns, from the same random numbers, in a fifth of the time: one gather an array.
-
-    :param buffer: SB3's own buffer, with a next observation for each
-    :param batch_size: B
-    :return: observations, actions, next observations, dones (truncation excluded), rewards
-    """
-    rows = np.random.randint(0, buffer.size(), size=batch_size)  # noqa: NPY002 (SB3's stream)
-    rows = rows * buffer.n_envs + np.random.randint(0, high=buffer.n_envs, size=batch_size)  # noqa: NPY002
-
-    def gather(array: np.ndarray, shape: tuple[int, ...]) -> th.Tensor:
-        flat = array.reshape(-1, *shape)  # a view: (steps, environments, ...) is contiguous
-        return th.from_numpy(flat.take(rows, axis=0)).to(buffer.device)
-
-    ended, truncated = gather(buffer.dones, (1,)), gather(buffer.timeouts, (1,))
-    return (
-        gather(buffer.observations, buffer.obs_shape),
-        gather(buffer.actions, (buffer.action_dim,)),
-        gather(buffer.next_observations, buffer.obs_shape),
-        ended * (1 - truncated),
-        gather(buffer.rewards, (1,)),
-    )
 
 
 class OffPolicyMixin(UpdateMixin, CheckpointMixin, OffPolicyAlgorithm):
@@ -105,81 +74,14 @@ class OffPolicyMixin(UpdateMixin, CheckpointMixin, OffPolicyAlgorithm):
         :raises ValueError: if one is out of range or contradicts another
         :raises UnsupportedError: if the spaces or a combination of arguments cannot be served
         """
-        if not hasattr(self, "action_space"):
-            raise ValueError(f"env must be an environment or the id of one, got None for {type(self).__name__}")
-        self._check_action_space()
-        for name in ("buffer_size", "batch_size", "n_steps"):
-            check_number(name, getattr(self, name), low=1, integer=True)
-        check_number("learning_starts", self.learning_starts, low=0)
-        check_number("gradient_steps", self.gradient_steps, low=-1, integer=True)
-        for name in ("tau", "gamma"):
-            check_number(name, getattr(self, name), low=0, high=1)
-        self._check_train_freq()
-        self._check_buffer_arguments()
-        self._check_noise()
-
-    def _check_action_space(self) -> None:
-        space = self.action_space
-        if isinstance(space, spaces.Box) and not (
-            np.all(np.isfinite([space.low, space.high])) and np.all(space.low < space.high)
-        ):
-            raise UnsupportedError(
-                f"action_space must be a Box with finite bounds and low < high in every dimension, got {space}"
-            )
-
-    def _check_train_freq(self) -> None:
-        train_freq = self.train_freq
-        if isinstance(train_freq, list):  # as YAML has it; TrainFreq and the user's pairs are tuples
-            self.train_freq = train_freq = tuple(train_freq)
-        pair = train_freq if isinstance(train_freq, tuple) else (train_freq, "step")
-        if len(pair) != 2:
-            raise ValueError(f'train_freq must be a number of steps or a pair such as (2, "episode"), got {train_freq!r}')
-        steps, unit = pair
-        check_number("train_freq", steps, low=1, integer=True)
-        check_choice("the unit of train_freq", getattr(unit, "value", unit), ("step", "episode"))
-        if getattr(unit, "value", unit) == "episode" and self.n_envs > 1:
-            raise ValueError(
-                f"train_freq={train_freq!r} counts episodes, which needs one environment, got n_envs={self.n_envs}"
-            )
-
-    def _check_buffer_arguments(self) -> None:
-        if self.n_steps > 1 and isinstance(self.observation_space, spaces.Dict):
-            raise UnsupportedError(
-                f"n_steps must be 1 for Dict observations (SB3 has no n-step buffer for them), got {self.n_steps}"
-            )
-        if self.n_steps > 1 and self.optimize_memory_usage:
-            raise UnsupportedError(f"n_steps must be 1 with optimize_memory_usage=True, got {self.n_steps}")
-        handles_timeouts = (self.replay_buffer_kwargs or {}).get("handle_timeout_termination", True)
-        if self.optimize_memory_usage and handles_timeouts:
-            raise ValueError(
-                "optimize_memory_usage=True cannot tell truncation from termination: add "
-                f"replay_buffer_kwargs={{'handle_timeout_termination': False}}, got {self.replay_buffer_kwargs!r}"
-            )
-
-    def _check_noise(self) -> None:
-        check_choice("warmup", self.warmup, ("uniform", "noise"))
+        check_off_policy_arguments(self)
         if self.exploration_noise is None:
-            if self.warmup == "noise":
-                raise ValueError("warmup='noise' needs exploration_noise, got exploration_noise=None")
             self._noise = None
-            self._check_action_noise()
-            return
-        NoiseSchedule.parse(self.exploration_noise)
-        if self.action_noise is not None and self._noise is None:
+        elif self.action_noise is not None and self._noise is None:
             raise ValueError(
                 "exploration_noise and action_noise (noise_type in RL Zoo) exclude each other, got "
                 f"exploration_noise={self.exploration_noise!r} and action_noise={self.action_noise!r}"
             )
-
-    def _check_action_noise(self) -> None:
-        noise = self.action_noise
-        if noise is None:
-            return
-        if not isinstance(noise, ActionNoise):
-            raise TypeError(f"action_noise must be an ActionNoise, got {noise!r} of type {type(noise).__name__}")
-        sizes = {np.shape(getattr(noise, name)) for name in ("_mu", "_sigma") if hasattr(noise, name)}
-        if not sizes <= {(), self.action_space.shape}:
-            raise ValueError(f"action_noise must have the shape of an action, {self.action_space.shape}, got {noise!r}")
 
     # The buffer is made when training or the user first asks for it: a model loaded to predict needs none.
 
@@ -216,20 +118,11 @@ class OffPolicyMixin(UpdateMixin, CheckpointMixin, OffPolicyAlgorithm):
     def _sample(self, batch_size: int) -> Transitions:
         buffer = self.replay_buffer
         assert buffer is not None
-        if self.engine and self._sampling_obstacle() is None:
-            return Transitions(*sample_directly(buffer, batch_size), self.gamma)
+        if self.engine and replay.obstacle(buffer, self._vec_normalize_env) is None:
+            return Transitions(*replay.sample(buffer, batch_size), self.gamma)
         batch = buffer.sample(batch_size, env=self._vec_normalize_env)
         discounts = self.gamma if batch.discounts is None else batch.discounts
         return Transitions(batch.observations, batch.actions, batch.next_observations, batch.dones, batch.rewards, discounts)
-
-    def _sampling_obstacle(self) -> str | None:
-        """Why batches come from the buffer's own ``sample``; None if its arrays can be read directly."""
-        buffer = self.replay_buffer
-        if type(buffer) is not ReplayBuffer or "sample" in vars(buffer) or "_get_samples" in vars(buffer):
-            return f"the buffer is a {type(buffer).__name__} of its own kind"
-        if self._vec_normalize_env is not None:
-            return "VecNormalize normalises each batch"
-        return "optimize_memory_usage=True" if buffer.optimize_memory_usage else None
 
     def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """See `CheckpointMixin.save`; ``include=["replay_buffer"]`` puts the buffer into the zip."""
@@ -297,7 +190,8 @@ class OffPolicyMixin(UpdateMixin, CheckpointMixin, OffPolicyAlgorithm):
     def engine_report(self) -> dict[str, str]:
         """See `UpdateMixin.engine_report`."""
         obstacle = self._acting_obstacle() if self.engine else "engine=False"
-        sampling = self._sampling_obstacle() if self.engine else "engine=False"
+        buffer = self._replay_buffer or self.replay_buffer_class  # do not make one to report on it
+        sampling = replay.obstacle(buffer, self._vec_normalize_env) if self.engine else "engine=False"
         return {
             **super().engine_report(),
             "acting": "numpy" if obstacle is None else f"PyTorch: {obstacle}",

@@ -94,14 +94,13 @@ class UpdateMixin(BaseAlgorithm):
         self._averages = {name: Average(getattr(self, f"{name}_target")) for name in names if hasattr(self, f"{name}_target")}
 
     def _choose_descent(self, network: str, optimizer: th.optim.Optimizer) -> Descent:
-        """Flat steps where they are possible now; hooks and other layers may have come since the last time."""
+        """Flat steps where they are possible now: memory, layers, hooks may have changed since the last time."""
         current = self._descents.get(network)
+        known = isinstance(current, FlatAdam) and current.optimizer is optimizer and current.is_current()
         mlps = current.mlps if isinstance(current, FlatAdam) else self._mlps(optimizer)
-        flat = self.engine and FlatAdam.obstacle(optimizer, mlps) is None
-        if current is None or current.optimizer is not optimizer or flat != isinstance(current, FlatAdam):
-            current = FlatAdam(optimizer, mlps) if flat else Descent(optimizer)
-        current.check()
-        return current
+        if not (self.engine and FlatAdam.obstacle(optimizer, mlps) is None and (known or FlatAdam.in_step(optimizer))):
+            return Descent(optimizer)
+        return current if known and current is not None else FlatAdam(optimizer, mlps)
 
     def _mlps(self, optimizer: th.optim.Optimizer) -> list[FusedMLP]:
         own = {id(parameter) for parameter in parameters_of(optimizer)}
@@ -128,10 +127,10 @@ class UpdateMixin(BaseAlgorithm):
         self.logger.record("train/learning_rate", rate)
         for name, optimizer in self._optimizers().items():
             self._descents[name] = self._choose_descent(name, optimizer)
+            own = self._rates[name](progress) if name in self._rates else rate
             if name in self._rates:
-                own = self._rates[name](progress)
                 self.logger.record(f"train/{name}_learning_rate", own)
-            update_learning_rate(optimizer, self._rates[name](progress) if name in self._rates else rate)
+            update_learning_rate(optimizer, own)
 
     def _descend(self, network: str, loss_of: Callable[[Batch], th.Tensor], batch: Batch) -> None:
         """
@@ -187,13 +186,5 @@ class UpdateMixin(BaseAlgorithm):
             )
 
     def _excluded_save_params(self) -> list[str]:
-        return [
-            *super()._excluded_save_params(),
-            "_rates",
-            "_max_grad_norms",
-            "_means",
-            "_descents",
-            "_averages",
-            "_others",
-            "_workspace",
-        ]
+        derived = ("_rates", "_max_grad_norms", "_means", "_descents", "_averages", "_others", "_workspace")
+        return [*super()._excluded_save_params(), *derived]

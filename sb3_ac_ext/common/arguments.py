@@ -1,0 +1,82 @@
+"""Checks of the arguments that the off-policy algorithms share."""
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.noise import ActionNoise
+
+from sb3_ac_ext.common.noise import NoiseSchedule
+from sb3_ac_ext.common.validation import UnsupportedError, check_choice, check_number
+
+
+def check_off_policy_arguments(model: Any) -> None:
+    """
+    :param model: an algorithm whose arguments and spaces are set; a ``train_freq`` list becomes a tuple
+    :raises TypeError: if an argument has the wrong type
+    :raises ValueError: if one is out of range or contradicts another
+    :raises UnsupportedError: if the spaces or a combination of arguments cannot be served
+    """
+    if not hasattr(model, "action_space"):
+        raise ValueError(f"env must be an environment or the id of one, got None for {type(model).__name__}")
+    _check_action_space(model.action_space)
+    for name in ("buffer_size", "batch_size", "n_steps"):
+        check_number(name, getattr(model, name), low=1, integer=True)
+    check_number("learning_starts", model.learning_starts, low=0)
+    check_number("gradient_steps", model.gradient_steps, low=-1, integer=True)
+    for name in ("tau", "gamma"):
+        check_number(name, getattr(model, name), low=0, high=1)
+    _check_train_freq(model)
+    _check_buffer(model)
+    _check_noise(model)
+
+
+def _check_action_space(space: spaces.Space[Any]) -> None:
+    if isinstance(space, spaces.Box):
+        finite = np.all(np.isfinite([space.low, space.high]))
+        if not (finite and np.all(space.low < space.high)):
+            raise UnsupportedError(f"action_space must have finite bounds with low < high in every dimension, got {space}")
+
+
+def _check_train_freq(model: Any) -> None:
+    if isinstance(model.train_freq, list):  # as YAML has it; SB3 wants tuples
+        model.train_freq = tuple(model.train_freq)
+    pair = model.train_freq if isinstance(model.train_freq, tuple) else (model.train_freq, "step")
+    if len(pair) != 2:
+        raise ValueError(f'train_freq must be a number of steps or a pair such as (2, "episode"), got {model.train_freq!r}')
+    frequency, unit = pair[0], getattr(pair[1], "value", pair[1])
+    check_number("train_freq", frequency, low=1, integer=True)
+    check_choice("the unit of train_freq", unit, ("step", "episode"))
+    if unit == "episode" and model.n_envs > 1:
+        raise ValueError(f"train_freq={pair!r} counts episodes, which needs one environment, got n_envs={model.n_envs}")
+
+
+def _check_buffer(model: Any) -> None:
+    if model.n_steps > 1 and isinstance(model.observation_space, spaces.Dict):
+        raise UnsupportedError(
+            f"n_steps must be 1 for Dict observations (SB3 has no n-step buffer for them), got {model.n_steps}"
+        )
+    if model.n_steps > 1 and model.optimize_memory_usage:
+        raise UnsupportedError(f"n_steps must be 1 with optimize_memory_usage=True, got {model.n_steps}")
+    if model.optimize_memory_usage and (model.replay_buffer_kwargs or {}).get("handle_timeout_termination", True):
+        raise ValueError(
+            "optimize_memory_usage=True cannot tell truncation from termination: add "
+            f"replay_buffer_kwargs={{'handle_timeout_termination': False}}, got {model.replay_buffer_kwargs!r}"
+        )
+
+
+def _check_noise(model: Any) -> None:
+    check_choice("warmup", model.warmup, ("uniform", "noise"))
+    if model.exploration_noise is not None:
+        NoiseSchedule.parse(model.exploration_noise)
+        return
+    if model.warmup == "noise":
+        raise ValueError("warmup='noise' needs exploration_noise, got exploration_noise=None")
+    noise = model.action_noise
+    if noise is None:
+        return
+    if not isinstance(noise, ActionNoise):
+        raise TypeError(f"action_noise must be an ActionNoise, got {noise!r} of type {type(noise).__name__}")
+    shapes = {np.shape(getattr(noise, name)) for name in ("_mu", "_sigma") if hasattr(noise, name)}
+    if not shapes <= {(), model.action_space.shape}:
+        raise ValueError(f"action_noise must have the shape of an action, {model.action_space.shape}, got {noise!r}")
