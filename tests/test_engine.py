@@ -126,6 +126,51 @@ def test_changes_from_outside_are_taken_over(what: str) -> None:
     th.testing.assert_close(states[0], states[1], rtol=0, atol=1e-4)
 
 
+def train_from(model: TD3X, steps: int = 6) -> th.Tensor:
+    np.random.seed(0)
+    th.manual_seed(0)
+    model.train(gradient_steps=steps, batch_size=8)
+    return parameters(model)
+
+
+@pytest.mark.parametrize("network", ["critic", "actor", "critic_target", "actor_target"])
+def test_parameters_with_new_memory_are_followed(network: str) -> None:
+    results = []
+    for engine in (True, False):
+        model = make(engine=engine).learn(30)
+        train_from(model)
+        for parameter in getattr(model, network).parameters():
+            parameter.data = parameter.data * 0.5
+        results.append(train_from(model))
+    th.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
+def test_weight_decay_and_betas_are_adams() -> None:
+    policy_kwargs = {**SMALL, "optimizer_kwargs": {"weight_decay": 0.1, "betas": (0.5, 0.9), "eps": 1e-3}}
+    results = [parameters(make(engine=engine, policy_kwargs=policy_kwargs).learn(40)) for engine in (True, False)]
+    th.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("uses", ["both streams twice", "one stream"])
+def test_losses_that_use_a_network_twice_or_in_part(uses: str) -> None:
+    results = []
+    for engine in (True, False):
+        model = make(engine=engine).learn(30)
+        model._begin_updates()
+
+        def loss_of(batch: th.Tensor, model: TD3X = model) -> th.Tensor:
+            actions = th.zeros(len(batch), 2)
+            if uses == "one stream":
+                return model.critic.q1_forward(batch, actions).pow(2).sum()
+            first, second = (model.critic(observations, actions) for observations in (batch, batch.cos()))
+            return (first[0] * second[1]).sum() + (first[1] - second[0]).pow(2).sum()
+
+        model._descend("critic", loss_of, th.linspace(-1, 1, 20).reshape(5, 4))
+        results.append((parameters(model), model.critic.optimizer.state_dict()["state"][0]["exp_avg"]))
+    for value, expected in zip(*results, strict=True):
+        th.testing.assert_close(value, expected, rtol=0, atol=1e-5)
+
+
 def test_parameters_that_were_not_updated_together_keep_their_own_counters() -> None:
     """Adam corrects each moment by the number of its own updates."""
     models = [make(engine=engine).learn(30) for engine in (True, False)]

@@ -135,5 +135,6 @@ def test_names_are_those_of_a_sequential() -> None:
 
 def test_can_be_switched_off() -> None:
     fused = FusedMLP(*layers(nn.ReLU, 1, False))
+    assert type(fused(th.randn(2, 5)).grad_fn).__name__ == "_NodeBackward"
     fused.fused = False
     assert type(fused(th.randn(2, 5)).grad_fn).__name__ == "AddmmBackward0"

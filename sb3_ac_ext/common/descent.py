@@ -172,7 +172,7 @@ class FlatAdam(Descent):
         # a counter of its own for each parameter: a saved state may be loaded into an optimizer that steps them one by one
         count = float(state[parameters[0]]["step"]) if started else 0.0
         self.counts = FlatTensor([th.full((), count, device=parameter.device) for parameter in parameters])
-        self.published = False
+        self.published, self.whole = False, True
         if started:
             self._publish()
 
@@ -199,17 +199,17 @@ class FlatAdam(Descent):
             mlp.sink, mlp.sink_filled = [next(views) for _ in mlp.parameters()], False
         try:
             loss.backward()  # type: ignore[no-untyped-call]
-            for mlp in self.mlps:
-                if not mlp.sink_filled and mlp.sink is not None:  # the loss does not depend on it
-                    for place in mlp.sink:
-                        place.zero_()
+            filled = [mlp.sink_filled for mlp in self.mlps for _ in mlp.parameters()]
         finally:
             for mlp in self.mlps:
                 mlp.sink = None
-        for parameter, view in zip(self.parameters, self.gradient.views, strict=True):
-            parameter.grad = view
-        norm: th.Tensor = th.linalg.vector_norm(self.gradient.values)
-        return norm
+        # Adam leaves parameters alone that the loss does not depend on: from then on they have counters of their own
+        self.whole = self.whole and all(filled)
+        for parameter, view, has_gradient in zip(self.parameters, self.gradient.views, filled, strict=True):
+            parameter.grad = view if has_gradient else None
+        return get_total_norm(
+            [self.gradient.values] if self.whole else [p.grad for p in self.parameters if p.grad is not None]
+        )
 
     def clip(self, bound: float, norm: th.Tensor) -> None:
         """See `Descent.clip`."""
@@ -219,6 +219,9 @@ class FlatAdam(Descent):
         """See `Descent.step`."""
         if not self.published:
             self._publish()
+        if not self.whole:
+            self.optimizer.step()
+            return
         group = self.optimizer.param_groups[0]
         adam(
             [self.flat.values],
@@ -240,8 +243,7 @@ class FlatAdam(Descent):
 
     def norm(self) -> th.Tensor:
         """See `Descent.norm`."""
-        norm: th.Tensor = th.linalg.vector_norm(self.flat.values)
-        return norm
+        return get_total_norm([self.flat.values])
 
 
 class Average:
