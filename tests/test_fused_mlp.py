@@ -138,3 +138,10 @@ def test_can_be_switched_off() -> None:
     assert type(fused(th.randn(2, 5)).grad_fn).__name__ == "_NodeBackward"
     fused.fused = False
     assert type(fused(th.randn(2, 5)).grad_fn).__name__ == "AddmmBackward0"
+
+
+def test_exporters_see_the_layers() -> None:
+    fused, x = FusedMLP(*layers(nn.ReLU, 1, False)), th.randn(2, 5)
+    exported = th.export.export(fused, (x,))
+    assert any("linear" in str(node.target) for node in exported.graph.nodes)
+    th.testing.assert_close(exported.module()(x), fused(x))

@@ -84,7 +84,9 @@ class FusedMLP(nn.Sequential):
         :param x: ``(B, inputs)``
         :return: ``(B, outputs)``
         """
-        layers = self.layers()
+        # tracers and compilers do better with the layers themselves
+        traced = th.jit.is_tracing() or th.compiler.is_compiling()  # type: ignore[no-untyped-call]
+        layers = None if traced else self.layers()
         parameters = () if layers is None else layers.parameters()
         if layers is None or x.dim() != 2 or x.dtype != parameters[0].dtype:
             output: th.Tensor = super().forward(x)  # type: ignore[no-untyped-call]
