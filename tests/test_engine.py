@@ -223,6 +223,20 @@ def test_frozen_parameters_stay_frozen() -> None:
     assert "frozen" in model.engine_report()["critic update"]
 
 
+def test_workspace_is_used_again_and_stays_small() -> None:
+    model = make().learn(30)
+
+    def held() -> int:
+        workspace = model._workspace
+        assert not workspace._taken
+        return sum(tensor.numel() for free in workspace._free.values() for tensor in free)
+
+    before = held()
+    model.train(gradient_steps=10, batch_size=8)
+    assert held() == before
+    assert 0 < before <= 16 * 8 * 16  # at most 16 intermediate results of 8 rows and 16 columns
+
+
 # Replay
 
 

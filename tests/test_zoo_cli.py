@@ -141,11 +141,19 @@ def test_ctrl_c_saves(spec: AlgoSpec, tmp_path: Path) -> None:
         1,
         *small(spec),
     )
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    next(line for line in process.stdout if "n_updates" in line)  # it has learned something
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+
+    def listen() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and so their children, ignore it
+
+    arguments = [sys.executable, *map(str, command)]
+    with subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, text=True, preexec_fn=listen) as process:
+        assert process.stdout is not None
+        try:
+            next(line for line in process.stdout if "n_updates" in line)  # it has learned something
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 0
     run = Run(spec, tmp_path, "")
     assert 200 <= run.data["num_timesteps"] < 10**6
