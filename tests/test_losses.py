@@ -2,7 +2,7 @@
 
 import pytest
 import torch as th
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sb3_ac_ext.functional.losses import smoothed_action, td_target, twin_mse
@@ -24,6 +24,7 @@ def test_td_target_takes_one_discount_per_row() -> None:
     th.testing.assert_close(target, th.tensor([[10.0], [9.1]]))
 
 
+@settings(deadline=None)
 @given(
     action=st.floats(-1, 1, width=32),
     noise=st.floats(-5, 5, width=32),
