@@ -156,11 +156,37 @@ def measure(algo: str, tasks: list[Task], repetitions: int) -> list[dict[str, An
     return rows
 
 
+def peak_memory(algo: str, which: str) -> float:
+    """
+    :param algo: the Zoo's name of one of ours
+    :param which: "sb3" or "ours"
+    :return: MiB that this process has used at most when it has trained for 3000 steps
+    """
+    import resource
+
+    from sb3_ac_ext.zoo.registry import ALGORITHMS
+
+    (ours,) = (spec.cls for spec in ALGORITHMS if spec.name == algo)
+    model_for({"sb3": ours.sb3_class, "ours": ours}[which], hyperparameters(algo)).learn(3000, reset_num_timesteps=False)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def line(row: dict[str, Any]) -> str:
     """One row of the table."""
     low, high = row["quartiles"]
     times = f"SB3 {row['sb3']:8.2f}  ours {row['ours']:8.2f} {row['unit']}"
     return f"{row['algo']:8} {row['task']:26} {times}  ratio {row['ratio']:5.2f}  [{low:.2f}, {high:.2f}]"
+
+
+def measure_memory(algo: str) -> dict[str, Any]:
+    """Peak memory of training, each class in a process of its own."""
+    command = [sys.executable, __file__, "--algos", algo, "--memory"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    used = {}
+    for which in ("sb3", "ours"):
+        printed = subprocess.run([*command, which], check=True, env=variables, capture_output=True, text=True).stdout
+        used[which] = float(printed.split()[-1])
+    return {"algo": algo, "unit": "MiB", **used}
 
 
 def measure_with_threads(threads: int, arguments: list[str]) -> list[dict[str, Any]]:
@@ -186,7 +212,11 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", choices=["sb3", "ours"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.memory:
+        print(peak_memory(args.algos[0], args.memory))
+        return
     tasks = [task for task in TASKS if task.name.startswith(tuple(args.tasks))]
     if not tasks:
         parser.error(f"--tasks {' '.join(args.tasks)}: no such task; there are {', '.join(task.name for task in TASKS)}")
@@ -197,13 +227,21 @@ def main() -> None:
     passed_on = ["--algos", *args.algos, "--tasks", *args.tasks, "--repetitions", str(args.repetitions)]
     rows = [row for threads in args.threads for row in measure_with_threads(threads, passed_on)]
     print("\n".join(f"{row['threads']} threads  {line(row)}" for row in rows))
+    memory = [measure_memory(algo) for algo in args.algos]
+    print(
+        "\n".join(
+            f"{row['algo']}: peak memory of training, SB3 {row['sb3']:.0f}, ours {row['ours']:.0f} MiB" for row in memory
+        )
+    )
     if load > BUSY:
         print(f"not recorded: the load average was {load:.1f} at the start, more than {BUSY}; run it on an idle machine")
         return
     machine = {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version(), "load": load}
     versions = {name: version(name) for name in ("torch", "stable_baselines3", "numpy", "sb3_ac_ext")}
     path = RESULTS / f"{args.name}.json"
-    path.write_text(json.dumps({"env": ENV, "machine": machine, "versions": versions, "rows": rows}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"env": ENV, "machine": machine, "versions": versions, "rows": rows, "memory": memory}, indent=1) + "\n"
+    )
     print(f"recorded in {path}")
 
 
