@@ -114,6 +114,7 @@ def env(observation_space: spaces.Space = BOX, action_space: spaces.Space = CONT
         ({"policy_kwargs": {"n_critics": 1}}, ValueError, r"n_critics must be 2.*got 1"),
         ({"policy_kwargs": {"net_arc": [8]}}, TypeError, r"net_arc"),
         ({"polcy_delay": 2}, TypeError, r"TD3X\(\) got an unexpected argument 'polcy_delay'; did you mean 'policy_delay'\?"),
+        ({"foo": 2}, TypeError, r"TD3X\(\) got an unexpected argument 'foo'; legal are action_noise, .*, warmup$"),
         ({"replay_buffer_kwargs": {"n_sampled_goals": 2}}, TypeError, r"n_sampled_goals"),
     ],
     ids=str,

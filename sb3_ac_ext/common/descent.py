@@ -92,7 +92,7 @@ class Descent:
         :return: ``()`` 2-norm of the gradients
         """
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def clip(self, bound: float, norm: th.Tensor) -> None:
@@ -198,7 +198,7 @@ class FlatAdam(Descent):
         for mlp in self.mlps:
             mlp.sink, mlp.sink_filled = [next(views) for _ in mlp.parameters()], False
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             filled = [mlp.sink_filled for mlp in self.mlps for _ in mlp.parameters()]
         finally:
             for mlp in self.mlps:

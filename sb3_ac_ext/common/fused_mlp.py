@@ -85,13 +85,13 @@ class FusedMLP(nn.Sequential):
         :return: ``(B, outputs)``
         """
         # tracers and compilers do better with the layers themselves
-        traced = th.jit.is_tracing() or th.compiler.is_compiling()  # type: ignore[no-untyped-call]
+        traced = th.jit.is_tracing() or th.compiler.is_compiling()
         layers = None if traced else self.layers()
         parameters = () if layers is None else layers.parameters()
         if layers is None or x.dim() != 2 or x.dtype != parameters[0].dtype:
-            output: th.Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+            output: th.Tensor = super().forward(x)  # type: ignore[no-untyped-call]  # torch does not annotate it
         elif th.is_grad_enabled():
-            output = _Node.apply(self, layers.plan, x, *parameters)  # type: ignore[no-untyped-call]
+            output = _Node.apply(self, layers.plan, x, *parameters)  # type: ignore[no-untyped-call]  # likewise
         else:
             output = run(layers.plan, x, parameters)[-1]
         return output

@@ -57,7 +57,11 @@ def check_keys(owner: str, keys: Iterable[str], allowed: Collection[str], kind: 
     for key in keys:
         if key not in allowed:
             close = get_close_matches(key, allowed, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; legal are {', '.join(sorted(allowed))}"
+            hint = (
+                f"; did you mean {close[0]!r}?"
+                if close
+                else f"; legal are {', '.join(sorted(name for name in allowed if name[0] != '_'))}"
+            )
             raise TypeError(f"{owner} got an unexpected {kind} {key!r}{hint}")
 
 
