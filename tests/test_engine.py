@@ -20,7 +20,8 @@ from torch import nn
 
 from sb3_ac_ext import TD3X
 from sb3_ac_ext.common import matmul, replay
-from sb3_ac_ext.common.descent import FlatAdam
+from sb3_ac_ext.common.descent import Descent, FlatAdam, backward
+from sb3_ac_ext.common.fused_mlp import FusedLinear, FusedMLP
 
 SMALL: dict[str, Any] = {"net_arch": [16, 16]}
 
@@ -62,7 +63,7 @@ def test_update_is_that_of_the_engine_switched_off(kwargs: dict[str, Any]) -> No
         ({"policy_kwargs": {**SMALL, "activation_fn": nn.SiLU}}, "actor update", "SiLU"),
         ({"policy_kwargs": {**SMALL, "optimizer_class": th.optim.RMSprop}}, "actor update", "RMSprop"),
         ({"policy_kwargs": {**SMALL, "optimizer_kwargs": {"amsgrad": True}}}, "critic update", "amsgrad"),
-        ({"env": RandomEnv(IMAGE, CONTINUOUS), "policy": "CnnPolicy"}, "actor update", "outside of the MLPs"),
+        ({"env": RandomEnv(IMAGE, CONTINUOUS), "policy": "CnnPolicy"}, "actor update", "outside of fused layers"),
         ({"env": RandomEnv(IMAGE, CONTINUOUS), "policy": "CnnPolicy"}, "acting", "NatureCNN"),
         ({"env": RandomEnv(DICT, CONTINUOUS), "policy": "MultiInputPolicy"}, "replay", "DictReplayBuffer"),
         ({"n_steps": 2}, "replay", "NStepReplayBuffer"),
@@ -183,6 +184,64 @@ def test_parameters_that_were_not_updated_together_keep_their_own_counters() -> 
         model.train(gradient_steps=4, batch_size=8)
     assert not isinstance(models[0]._descents["critic"], FlatAdam)
     th.testing.assert_close(parameters(models[0]), parameters(models[1]), rtol=0, atol=1e-5)
+
+
+class Mixed(nn.Module):
+    """Fused layers with a layer of another kind and a parameter of its own between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = FusedMLP(nn.Linear(4, 16), nn.Tanh())
+        self.norm = nn.LayerNorm(16)
+        self.head = FusedLinear(16, 2)
+        self.scale = nn.Parameter(th.ones(2))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return self.head(self.norm(self.first(x))) * self.scale
+
+
+@pytest.mark.parametrize("skipped", [False, True], ids=["whole", "scale not used"])
+def test_parameters_outside_of_fused_layers_join_the_flat_step(skipped: bool) -> None:
+    th.manual_seed(0)
+    ours, theirs = Mixed(), Mixed()
+    theirs.load_state_dict(ours.state_dict())
+    optimizers = [th.optim.Adam(network.parameters(), lr=1e-2) for network in (ours, theirs)]
+    fused = [ours.first, ours.head]
+    assert FlatAdam.obstacle(optimizers[0], fused) is None
+    descents = [FlatAdam(optimizers[0], fused), Descent(optimizers[1])]
+    for step in range(4):
+        x = th.randn(8, 4)
+        norms = []
+        for network, descent in zip((ours, theirs), descents, strict=True):
+            output = network.head(network.first(x)) if skipped and step == 2 else network(x)
+            backward(output.pow(2).sum(), [descent])
+            norms.append(descent.gradient_norm())
+            descent.clip(0.5, norms[-1])
+            descent.step()
+        th.testing.assert_close(*norms, rtol=1e-5, atol=0)
+    for value, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        th.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_networks_that_share_a_loss_step_with_their_own_optimizers(engine: bool) -> None:
+    """One backward pass for both; the other networks are constants of it, and each is clipped by itself."""
+    model, alone = (make(engine=engine, max_grad_norm={"critic": 1e-2}).learn(30) for _ in range(2))
+    x = th.linspace(-1, 1, 20).reshape(5, 4)
+
+    def loss_of(batch: th.Tensor, model: TD3X = model) -> th.Tensor:
+        return model.critic.q1_forward(batch, model.actor(batch)).pow(2).sum()
+
+    for candidate in (model, alone):
+        candidate._begin_updates()
+    model._descend(("critic", "actor"), loss_of, x, name="joint")
+    actor = copy.deepcopy(alone.actor)
+    alone._descend("critic", lambda batch: loss_of(batch, alone), x)
+    after, alone.critic = alone.critic, copy.deepcopy(model.critic)
+    th.testing.assert_close(after.state_dict(), model.critic.state_dict(), rtol=0, atol=1e-6)
+    th.testing.assert_close(alone.actor.state_dict(), actor.state_dict(), rtol=0, atol=0)
+    assert not th.equal(model.actor.mu[0].weight, actor.mu[0].weight)
+    assert {"joint_loss", "critic_grad_norm", "actor_grad_norm"} <= model._means.read().keys()
 
 
 def test_a_hook_added_later_is_honoured() -> None:

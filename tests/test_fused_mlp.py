@@ -9,7 +9,7 @@ import torch as th
 from torch import nn
 
 from sb3_ac_ext.common import fused_mlp
-from sb3_ac_ext.common.fused_mlp import ACTIVATIONS, FusedMLP
+from sb3_ac_ext.common.fused_mlp import ACTIVATIONS, FusedLinear, FusedMLP
 
 
 @pytest.fixture(autouse=True)
@@ -145,3 +145,20 @@ def test_exporters_see_the_layers() -> None:
     exported = th.export.export(fused, (x,))
     assert any("linear" in str(node.target) for node in exported.graph.nodes)
     th.testing.assert_close(exported.module()(x), fused(x))
+
+
+def test_a_layer_that_stands_alone() -> None:
+    plain = nn.Linear(5, 3)
+    state = th.get_rng_state()
+    fused = FusedLinear.of(plain)
+    assert th.equal(th.get_rng_state(), state)
+    assert fused.weight is plain.weight
+    assert list(fused.state_dict()) == ["weight", "bias"]
+    x = th.randn(4, 5, requires_grad=True)
+    outputs = [layer(x) for layer in (plain, fused)]
+    assert type(outputs[1].grad_fn).__name__ == "_NodeBackward"
+    grads = [th.autograd.grad(output.sin().sum(), [x, plain.weight, plain.bias]) for output in outputs]
+    for expected, value in zip(*grads, strict=True):
+        th.testing.assert_close(value, expected, rtol=0, atol=1e-10)
+    fused.register_forward_hook(lambda module, args, output: output * 2)
+    th.testing.assert_close(fused(x), 2 * plain(x), rtol=0, atol=1e-10)

@@ -1,7 +1,7 @@
 """Gradient steps and target averages on one flat tensor for each network, where its layers and optimizer allow it."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch as th
 from stable_baselines3.common.utils import polyak_update
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.adam import adam
 
-from sb3_ac_ext.common.fused_mlp import FusedMLP
+from sb3_ac_ext.common.fused_mlp import Fused
 
 STATE = ("step", "exp_avg", "exp_avg_sq")
 """The names in Adam's state of a parameter."""
@@ -84,21 +84,20 @@ class Descent:
         self.optimizer = optimizer
         self.parameters = parameters_of(optimizer)
 
-    def backward(self, loss: th.Tensor) -> th.Tensor:
-        """
-        Gradients of the network's parameters.
-
-        :param loss: ``()`` with the parameters of other networks as constants
-        :return: ``()`` 2-norm of the gradients
-        """
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """A backward pass within this context leaves the gradients of the network's parameters, and no older ones."""
         self.optimizer.zero_grad()
-        loss.backward()
+        yield
+
+    def gradient_norm(self) -> th.Tensor:
+        """``()`` 2-norm of the gradients."""
         return get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def clip(self, bound: float, norm: th.Tensor) -> None:
         """
         :param bound: largest 2-norm
-        :param norm: ``()`` what `backward` returned
+        :param norm: ``()`` what `gradient_norm` returned
         """
         clip_grads_with_norm_(self.parameters, bound, norm)
 
@@ -111,32 +110,45 @@ class Descent:
         return get_total_norm(self.parameters)
 
 
+def backward(loss: th.Tensor, descents: Iterable[Descent]) -> None:
+    """
+    Gradients of the parameters of one or more networks.
+
+    :param loss: ``()`` with the parameters of all other networks as constants
+    :param descents: of the networks
+    """
+    with ExitStack() as stack:
+        for descent in descents:
+            stack.enter_context(descent.receiving())
+        loss.backward()
+
+
 class FlatAdam(Descent):
     """
-    Adam on one flat tensor: parameters, gradients and moments of an MLP network.
+    Adam on one flat tensor: parameters, gradients and moments of a network that consists mostly of fused layers.
 
     The optimizer keeps its state, whose tensors become views of the flat ones, so saving, loading and changing the rate
     work on it as ever.
 
     :param optimizer: for which there is no `obstacle`, and whose parameters have been updated together (`in_step`)
-    :param mlps: the modules that hold its parameters, in its order
+    :param fused: the modules that hold most of its parameters
     """
 
-    def __init__(self, optimizer: th.optim.Optimizer, mlps: Sequence[FusedMLP]) -> None:
+    def __init__(self, optimizer: th.optim.Optimizer, fused: Sequence[Fused]) -> None:
         super().__init__(optimizer)
-        self.mlps = mlps
+        self.fused = fused
         self._bind()
 
     @staticmethod
-    def obstacle(optimizer: th.optim.Optimizer, mlps: Sequence[FusedMLP]) -> str | None:
+    def obstacle(optimizer: th.optim.Optimizer, fused: Sequence[Fused]) -> str | None:
         """
         :param optimizer: the network's optimizer
-        :param mlps: its modules
+        :param fused: its fused modules
         :return: why Adam cannot run flat; None if it can
         """
-        for mlp in mlps:
-            if mlp.layers() is None:
-                return mlp.obstacle
+        for module in fused:
+            if module.layers() is None:
+                return module.obstacle
         if type(optimizer) is not th.optim.Adam or len(optimizer.param_groups) != 1:
             return f"the optimizer is {type(optimizer).__name__} with {len(optimizer.param_groups)} parameter groups"
         group = optimizer.param_groups[0]
@@ -145,9 +157,9 @@ class FlatAdam(Descent):
             return f"Adam's options {', '.join(options) or 'lr as a tensor'}"
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             return "a hook on the optimizer"
-        own = [parameter for mlp in mlps for parameter in (mlp.layers() or mlp).parameters()]
-        if list(map(id, own)) != list(map(id, group["params"])):
-            return "parameters outside of the MLPs"
+        inside = sum(parameter.numel() for module in fused for parameter in module.parameters())
+        if 2 * inside <= sum(parameter.numel() for parameter in group["params"]):
+            return "most parameters are outside of fused layers"
         if not all(parameter.requires_grad for parameter in group["params"]):
             return "frozen parameters"
         return None
@@ -166,6 +178,9 @@ class FlatAdam(Descent):
         state, parameters = self.optimizer.state, self.parameters
         self.flat = bind(parameters)
         self.gradient = FlatTensor([th.zeros_like(parameter) for parameter in parameters])
+        views = dict(zip(map(id, parameters), self.gradient.views, strict=True))
+        self.sinks = [(module, [views.pop(id(parameter)) for parameter in module.parameters()]) for module in self.fused]
+        self.others = [(parameter, views[id(parameter)]) for parameter in parameters if id(parameter) in views]
         started = len(state) > 0
         old = [[state[p][name].to(p) if started else th.zeros_like(p) for p in parameters] for name in MOMENTS]
         self.moments = [FlatTensor(tensors) for tensors in old]
@@ -192,24 +207,30 @@ class FlatAdam(Descent):
         flats = (self.counts, *self.moments)
         return all(states) and all(flat.holds([s[name] for s in states]) for flat, name in zip(flats, STATE, strict=True))
 
-    def backward(self, loss: th.Tensor) -> th.Tensor:
-        """See `Descent.backward`; the gradients are written into the flat tensor."""
-        views = iter(self.gradient.views)
-        for mlp in self.mlps:
-            mlp.sink, mlp.sink_filled = [next(views) for _ in mlp.parameters()], False
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """See `Descent.receiving`; the gradients end up in the flat tensor."""
+        self.optimizer.zero_grad()
+        for module, views in self.sinks:
+            module.sink, module.sink_filled = views, False
         try:
-            loss.backward()
-            filled = [mlp.sink_filled for mlp in self.mlps for _ in mlp.parameters()]
+            yield
         finally:
-            for mlp in self.mlps:
-                mlp.sink = None
+            for module, _ in self.sinks:
+                module.sink = None
+        for module, views in self.sinks:
+            if module.sink_filled:
+                for parameter, view in zip(module.parameters(), views, strict=True):
+                    parameter.grad = view
+        for parameter, view in self.others:
+            if parameter.grad is not None:
+                parameter.grad = view.copy_(parameter.grad)
         # Adam leaves parameters alone that the loss does not depend on: from then on they have counters of their own
-        self.whole = self.whole and all(filled)
-        for parameter, view, has_gradient in zip(self.parameters, self.gradient.views, filled, strict=True):
-            parameter.grad = view if has_gradient else None
-        return get_total_norm(
-            [self.gradient.values] if self.whole else [p.grad for p in self.parameters if p.grad is not None]
-        )
+        self.whole = self.whole and all(parameter.grad is not None for parameter in self.parameters)
+
+    def gradient_norm(self) -> th.Tensor:
+        """See `Descent.gradient_norm`."""
+        return get_total_norm([self.gradient.values]) if self.whole else super().gradient_norm()
 
     def clip(self, bound: float, norm: th.Tensor) -> None:
         """See `Descent.clip`."""

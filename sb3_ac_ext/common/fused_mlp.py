@@ -37,13 +37,13 @@ Plan = tuple[Activation | None, ...]
 """For each linear layer the activation after it."""
 
 
-class FusedMLP(nn.Sequential):
+class Fused(nn.Module):
     """
     Linear layers and activations that run as one autograd node where they can.
 
-    The results are those of ``nn.Sequential`` up to rounding, and no gradient is computed that nobody asks for. Layers
-    other than linear ones with bias and the activations of `ACTIVATIONS`, hooks, inputs other than ``(B, features)`` of
-    the weights' type, or `fused` set to False take the ordinary path.
+    The results are those of the layers one by one up to rounding, and no gradient is computed that nobody asks for.
+    Layers other than linear ones with bias and the activations of `ACTIVATIONS`, hooks, inputs other than
+    ``(B, features)`` of the weights' type, or `fused` set to False take the ordinary path. Goes before the PyTorch class.
     """
 
     fused: bool = True
@@ -53,23 +53,26 @@ class FusedMLP(nn.Sequential):
     sink_filled: bool = False
     """Whether the sink holds gradients, to which further ones are added."""
 
+    def chain(self) -> list[nn.Module]:
+        """The layers in their order."""
+        raise NotImplementedError
+
     @property
     def obstacle(self) -> str | None:
         """Why the layers cannot run as one node; None if they can."""
         if not self.fused:
             return "it is switched off"
-        for i, module in enumerate((self, *self)):
+        chain = self.chain()
+        for module in (self, *chain):
             if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
                 return f"a hook on {type(module).__name__}"
-            if i == 0:
-                continue
-            after_linear = i > 1 and type(self[i - 2]) is nn.Linear
-            if type(module) is nn.Linear:
+        for before, module in zip([None, *chain], chain, strict=False):
+            if type(module) in LINEAR:
                 if module.bias is None:
                     return "a linear layer without bias"
-            elif type(module) not in ACTIVATIONS or not after_linear or getattr(module, "alpha", 1.0) != 1.0:
+            elif type(module) not in ACTIVATIONS or type(before) not in LINEAR or getattr(module, "alpha", 1.0) != 1.0:
                 return f"the layer {module}"
-        return None if len(self) else "no layer"
+        return None if chain else "no layer"
 
     def layers(self) -> "Layers | None":
         """The layers for the node, looked up again only if modules or hooks have changed; None if there is an obstacle."""
@@ -89,9 +92,9 @@ class FusedMLP(nn.Sequential):
         layers = None if traced else self.layers()
         parameters = () if layers is None else layers.parameters()
         if layers is None or x.dim() != 2 or x.dtype != parameters[0].dtype:
-            output: th.Tensor = super().forward(x)  # type: ignore[no-untyped-call]  # torch does not annotate it
+            output: th.Tensor = super().forward(x)
         elif th.is_grad_enabled():
-            output = _Node.apply(self, layers.plan, x, *parameters)  # type: ignore[no-untyped-call]  # likewise
+            output = _Node.apply(self, layers.plan, x, *parameters)  # type: ignore[no-untyped-call]  # torch does not annotate it
         else:
             output = run(layers.plan, x, parameters)[-1]
         return output
@@ -100,23 +103,53 @@ class FusedMLP(nn.Sequential):
         return {name: value for name, value in self.__dict__.items() if name != "_known_layers"}
 
 
-class Layers:
-    """What `FusedMLP` needs to know of its modules, and a quick check whether it still holds."""
+class FusedMLP(Fused, nn.Sequential):
+    """``nn.Sequential`` as one node."""
 
-    def __init__(self, mlp: FusedMLP) -> None:
-        self.modules = list(mlp)
+    def chain(self) -> list[nn.Module]:
+        """See `Fused.chain`."""
+        return list(self)
+
+
+class FusedLinear(Fused, nn.Linear):
+    """``nn.Linear`` as one node, for an output layer that stands alone."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "FusedLinear":
+        """
+        :param linear: a layer
+        :return: a fused one with its parameters
+        """
+        fused = cls(linear.in_features, linear.out_features, device="meta")  # draws no random numbers
+        fused.weight, fused.bias = linear.weight, linear.bias
+        return fused
+
+    def chain(self) -> list[nn.Module]:
+        """See `Fused.chain`."""
+        return [self]
+
+
+LINEAR = (nn.Linear, FusedLinear)
+
+
+class Layers:
+    """What a `Fused` module needs to know of its layers, and a quick check whether it still holds."""
+
+    def __init__(self, fused: Fused) -> None:
+        self.modules = fused.chain()
         following = [*self.modules, nn.Identity()][1:]
-        linear = [(m, after) for m, after in zip(self.modules, following, strict=True) if type(m) is nn.Linear]
+        linear = [(m, after) for m, after in zip(self.modules, following, strict=True) if type(m) in LINEAR]
         self.plan: Plan = tuple(ACTIVATIONS.get(type(after)) for _, after in linear)
         self._places: list[tuple[dict[str, Any], str]] = [
             (module._parameters, name) for module, _ in linear for name in ("weight", "bias")
         ]
-        hooked = (mlp, *self.modules)
+        hooked = (fused, *self.modules)
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         self._hooks = [getattr(module, kind) for module in hooked for kind in kinds]
 
-    def hold(self, mlp: FusedMLP) -> bool:
-        return [*mlp._modules.values()] == self.modules and not any(self._hooks)
+    def hold(self, fused: Fused) -> bool:
+        """Whether ``fused`` still has these layers and nobody hooked any."""
+        return fused.chain() == self.modules and not any(self._hooks)
 
     def parameters(self) -> tuple[th.Tensor, ...]:
         """Weight and bias of each layer, in turn, as they are now."""
@@ -153,7 +186,7 @@ class _Node(th.autograd.Function):
     """`run` with a hand-written backward."""
 
     @staticmethod
-    def forward(ctx: Any, module: FusedMLP, plan: Plan, x: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
+    def forward(ctx: Any, module: Fused, plan: Plan, x: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
         ctx.module, ctx.plan, ctx.workspace = module, plan, current()
         outputs = run(plan, x, parameters, keep=True)
         ctx.save_for_backward(x, *outputs, *parameters)
@@ -187,7 +220,7 @@ class _Node(th.autograd.Function):
 class _Sink:
     """Takes the gradients of one backward pass: into the module's sink, or to be returned to autograd."""
 
-    def __init__(self, module: FusedMLP, size: int) -> None:
+    def __init__(self, module: Fused, size: int) -> None:
         self.module = module
         self.places = module.sink
         self.returned: list[th.Tensor | None] = [None] * size

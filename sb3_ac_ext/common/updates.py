@@ -9,8 +9,8 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
-from sb3_ac_ext.common.descent import Average, Descent, FlatAdam, constant, parameters_of
-from sb3_ac_ext.common.fused_mlp import FusedMLP
+from sb3_ac_ext.common.descent import Average, Descent, FlatAdam, backward, constant, parameters_of
+from sb3_ac_ext.common.fused_mlp import Fused
 from sb3_ac_ext.common.schedules import as_schedule
 from sb3_ac_ext.common.validation import NonFiniteError, check_mapping, check_number
 from sb3_ac_ext.common.workspace import Workspace
@@ -57,7 +57,7 @@ class UpdateMixin(BaseAlgorithm):
     _means: TensorMeans
     _descents: dict[str, Descent]
     _averages: dict[str, Average]
-    _others: dict[str, list[th.nn.Parameter]]
+    _others: dict[tuple[str, ...], list[th.nn.Parameter]]
     _workspace: Workspace
 
     def _optimizers(self) -> dict[str, th.optim.Optimizer]:
@@ -83,29 +83,25 @@ class UpdateMixin(BaseAlgorithm):
         self._means = TensorMeans()
         self._workspace = Workspace()
         for module in self.policy.modules():
-            if isinstance(module, FusedMLP):
+            if isinstance(module, Fused):
                 module.fused = self.engine
         self._descents = {}
-        parameters = {name: parameters_of(optimizer) for name, optimizer in self._optimizers().items()}
-        everything = {id(parameter): parameter for own in parameters.values() for parameter in own}
-        self._others = {
-            name: [everything[i] for i in everything.keys() - set(map(id, own))] for name, own in parameters.items()
-        }
+        self._others = {}
         self._averages = {name: Average(getattr(self, f"{name}_target")) for name in names if hasattr(self, f"{name}_target")}
 
     def _choose_descent(self, network: str, optimizer: th.optim.Optimizer) -> Descent:
         """Flat steps where they are possible now: memory, layers, hooks may have changed since the last time."""
         current = self._descents.get(network)
         known = isinstance(current, FlatAdam) and current.optimizer is optimizer and current.is_current()
-        mlps = current.mlps if isinstance(current, FlatAdam) else self._mlps(optimizer)
-        if not (self.engine and FlatAdam.obstacle(optimizer, mlps) is None and (known or FlatAdam.in_step(optimizer))):
+        fused = current.fused if isinstance(current, FlatAdam) else self._fused(optimizer)
+        if not (self.engine and FlatAdam.obstacle(optimizer, fused) is None and (known or FlatAdam.in_step(optimizer))):
             return Descent(optimizer)
-        return current if known and current is not None else FlatAdam(optimizer, mlps)
+        return current if known and current is not None else FlatAdam(optimizer, fused)
 
-    def _mlps(self, optimizer: th.optim.Optimizer) -> list[FusedMLP]:
+    def _fused(self, optimizer: th.optim.Optimizer) -> list[Fused]:
         own = {id(parameter) for parameter in parameters_of(optimizer)}
-        mlps = [module for module in self.policy.modules() if isinstance(module, FusedMLP)]
-        return [mlp for mlp in mlps if own.issuperset(map(id, mlp.parameters()))]
+        fused = [module for module in self.policy.modules() if isinstance(module, Fused)]
+        return [module for module in fused if own.issuperset(map(id, module.parameters()))]
 
     def engine_report(self) -> dict[str, str]:
         """
@@ -115,7 +111,7 @@ class UpdateMixin(BaseAlgorithm):
         """
         report = {}
         for name, optimizer in self._optimizers().items():
-            obstacle = FlatAdam.obstacle(optimizer, self._mlps(optimizer)) if self.engine else "engine=False"
+            obstacle = FlatAdam.obstacle(optimizer, self._fused(optimizer)) if self.engine else "engine=False"
             report[f"{name} update"] = "fused layers, flat Adam" if obstacle is None else f"PyTorch: {obstacle}"
         return report
 
@@ -132,25 +128,40 @@ class UpdateMixin(BaseAlgorithm):
                 self.logger.record(f"train/{name}_learning_rate", own)
             update_learning_rate(optimizer, own)
 
-    def _descend(self, network: str, loss_of: Callable[[Batch], th.Tensor], batch: Batch) -> None:
+    def _descend(
+        self, network: str | tuple[str, ...], loss_of: Callable[[Batch], th.Tensor], batch: Batch, name: str | None = None
+    ) -> None:
         """
-        One gradient step of one network; the other networks are constants of its loss.
+        One gradient step of one network, or of several that share a loss; all others are constants of it.
 
-        :param network: its name in `_optimizers`
+        :param network: its name in `_optimizers`, or the names of several
         :param loss_of: from a batch to the scalar loss
         :param batch: the batch
+        :param name: of the loss in the log, the network's by default
         """
-        descent = self._descents[network]
+        networks = (network,) if isinstance(network, str) else network
+        descents = [self._descents[network] for network in networks]
         with self._workspace.lend() if self.engine else nullcontext():
-            with constant(self._others[network]):
+            with constant(self._parameters_except(networks)):
                 loss = loss_of(batch)
-            norm = descent.backward(loss)
+            backward(loss, descents)
             loss = loss.detach()
-        if network in self._max_grad_norms:
-            descent.clip(self._max_grad_norms[network], norm)
-        descent.step()
-        self._means.add(f"{network}_loss", loss)
-        self._means.add(f"{network}_grad_norm", norm)
+        for own, descent in zip(networks, descents, strict=True):
+            norm = descent.gradient_norm()
+            if own in self._max_grad_norms:
+                descent.clip(self._max_grad_norms[own], norm)
+            descent.step()
+            self._means.add(f"{own}_grad_norm", norm)
+        self._means.add(f"{name or '_'.join(networks)}_loss", loss)
+
+    def _parameters_except(self, networks: tuple[str, ...]) -> list[th.nn.Parameter]:
+        """The trained parameters that none of ``networks`` has."""
+        if networks not in self._others:
+            parameters = {name: parameters_of(optimizer) for name, optimizer in self._optimizers().items()}
+            own = {id(parameter) for name in networks for parameter in parameters[name]}
+            others = {id(parameter): parameter for group in parameters.values() for parameter in group}
+            self._others[networks] = [parameter for key, parameter in others.items() if key not in own]
+        return self._others[networks]
 
     def _follow(self, network: str, tau: float) -> None:
         """
@@ -176,7 +187,9 @@ class UpdateMixin(BaseAlgorithm):
             self.logger.record(f"train/{key}", value)
         for name, norm in norms.items():
             self._check_finite(name, "parameters", norm)
-            self._check_finite(name, "loss", means.get(f"{name}_loss", 0.0))
+        for key, value in means.items():
+            if key.endswith("_loss"):
+                self._check_finite(key.removesuffix("_loss"), "loss", value)
 
     def _check_finite(self, network: str, what: str, value: Any) -> None:
         if not abs(value) < float("inf"):
