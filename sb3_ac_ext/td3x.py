@@ -175,13 +175,15 @@ class TD3X(OffPolicyMixin, TD3):
         """
         self._begin_updates()
         for _ in range(gradient_steps):
-            batch = self._sample(batch_size)
             self._n_updates += 1
-            self._descend("critic", self._critic_loss, batch)
-            if self._n_updates % self.policy_delay == 0:
-                self._descend("actor", self._actor_loss, batch)
-                self._update_targets()
+            self._run(self._update, self._sample(batch_size), self._n_updates % self.policy_delay == 0)
         self._end_updates()
+
+    def _update(self, batch: Transitions, actor_too: bool) -> None:
+        self._descend("critic", self._critic_loss, batch)
+        if actor_too:
+            self._descend("actor", self._actor_loss, batch)
+            self._update_targets()
 
     def _critic_loss(self, batch: Transitions) -> th.Tensor:
         with th.no_grad():

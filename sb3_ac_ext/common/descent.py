@@ -1,10 +1,10 @@
 """Gradient steps and target averages on one flat tensor for each network, where its layers and optimizer allow it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch as th
-from stable_baselines3.common.utils import polyak_update
+from stable_baselines3.common.utils import polyak_update, update_learning_rate
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.adam import adam
@@ -83,6 +83,12 @@ class Descent:
     def __init__(self, optimizer: th.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.parameters = parameters_of(optimizer)
+
+    def set_rate(self, rate: float) -> None:
+        """
+        :param rate: learning rate of the next steps
+        """
+        update_learning_rate(self.optimizer, rate)
 
     @contextmanager
     def receiving(self) -> Iterator[None]:
@@ -188,8 +194,21 @@ class FlatAdam(Descent):
         count = float(state[parameters[0]]["step"]) if started else 0.0
         self.counts = FlatTensor([th.full((), count, device=parameter.device) for parameter in parameters])
         self.published, self.whole = False, True
+        # a recorded update reads the rate on its device, whatever it was when it was recorded
+        self.rate = self.counts.values.new_zeros(()) if self.counts.values.is_cuda else None
         if started:
             self._publish()
+
+    def set_rate(self, rate: float) -> None:
+        """See `Descent.set_rate`."""
+        super().set_rate(rate)
+        if self.rate is not None:
+            self.rate.fill_(rate)
+
+    def fixed(self) -> Hashable:
+        """What a recorded step has read from Python, and the identity of what it writes to."""
+        group = self.optimizer.param_groups[0]
+        return id(self.flat), self.whole, *(group[name] for name in ("betas", "eps", "weight_decay"))
 
     def _publish(self) -> None:
         """Put the flat tensors' views into the optimizer's state, which is empty before the first step as in PyTorch."""
@@ -255,7 +274,7 @@ class FlatAdam(Descent):
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=group["lr"],
+            lr=group["lr"] if self.rate is None else self.rate,
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
@@ -277,6 +296,10 @@ class Average:
     def __init__(self, target: nn.Module) -> None:
         self.parameters = list(target.parameters())
         self.flat: FlatTensor | None = None
+
+    def fixed(self) -> Hashable:
+        """The identity of what a recorded update writes to."""
+        return None if self.flat is None else (id(self.flat), self.flat.holds(self.parameters))
 
     def update(self, online: Descent, tau: float) -> None:
         """

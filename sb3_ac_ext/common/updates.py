@@ -1,44 +1,23 @@
 """The update loop that the algorithms share, so that each `train` reads as its paper."""
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+from stable_baselines3.common.utils import FloatSchedule
 
+from sb3_ac_ext.common.capture import Capture
 from sb3_ac_ext.common.descent import Average, Descent, FlatAdam, backward, constant, parameters_of
 from sb3_ac_ext.common.fused_mlp import Fused
+from sb3_ac_ext.common.means import TensorMeans
 from sb3_ac_ext.common.schedules import as_schedule
+from sb3_ac_ext.common.typing import Transitions, constructor_keys
 from sb3_ac_ext.common.validation import NonFiniteError, check_mapping, check_number
 from sb3_ac_ext.common.workspace import Workspace
 
 Batch = TypeVar("Batch")
-
-
-class TensorMeans:
-    """Means of scalar tensors, read together: one device synchronisation however many there are."""
-
-    def __init__(self) -> None:
-        self._values: defaultdict[str, list[th.Tensor]] = defaultdict(list)
-
-    def add(self, name: str, value: th.Tensor) -> None:
-        """
-        :param name: of the quantity
-        :param value: ``()`` one value of it
-        """
-        self._values[name].append(value.detach())
-
-    def read(self) -> dict[str, float]:
-        """
-        :return: the mean of each quantity; everything added so far is forgotten
-        """
-        values, self._values = self._values, defaultdict(list)
-        if not values:
-            return {}
-        return dict(zip(values, th.stack([th.stack(v).mean() for v in values.values()]).tolist(), strict=True))
 
 
 class UpdateMixin(BaseAlgorithm):
@@ -46,8 +25,9 @@ class UpdateMixin(BaseAlgorithm):
     Learning rates, gradient steps, target averages and logging for algorithms with several optimizers.
 
     An algorithm names its optimizers in `_optimizers`. The network called ``x`` there has the learning rate
-    ``x_learning_rate`` if the algorithm has such an argument and it is not None, ``learning_rate`` otherwise, and the
-    target network ``x_target`` if the algorithm has such an attribute.
+    ``x_learning_rate`` if the algorithm has such an argument and it is not None, ``learning_rate`` otherwise, the decay
+    ``x_weight_decay`` of its weights if there is such an argument, and the target network ``x_target`` if the algorithm
+    has such an attribute.
     """
 
     engine: bool = True
@@ -59,6 +39,8 @@ class UpdateMixin(BaseAlgorithm):
     _averages: dict[str, Average]
     _others: dict[tuple[str, ...], list[th.nn.Parameter]]
     _workspace: Workspace
+    _capture: Capture
+    _records: bool
 
     def _optimizers(self) -> dict[str, th.optim.Optimizer]:
         """The optimizers by the name of their network."""
@@ -82,6 +64,7 @@ class UpdateMixin(BaseAlgorithm):
         self._max_grad_norms = bounds
         self._means = TensorMeans()
         self._workspace = Workspace()
+        self._capture, self._records = Capture(self._means), False
         for module in self.policy.modules():
             if isinstance(module, Fused):
                 module.fused = self.engine
@@ -113,7 +96,26 @@ class UpdateMixin(BaseAlgorithm):
         for name, optimizer in self._optimizers().items():
             obstacle = FlatAdam.obstacle(optimizer, self._fused(optimizer)) if self.engine else "engine=False"
             report[f"{name} update"] = "fused layers, flat Adam" if obstacle is None else f"PyTorch: {obstacle}"
+        obstacle = self._capture_obstacle([text for text in report.values() if text.startswith("PyTorch")])
+        report["launches"] = "one for an update" if obstacle is None else f"one by one: {obstacle}"
         return report
+
+    def _capture_obstacle(self, ordinary: list[Any]) -> str | None:
+        """
+        :param ordinary: networks that are not updated flat
+        :return: why updates cannot be recorded and replayed; None if they can
+        """
+        if self.device.type != "cuda":
+            return f"the device is {self.device}"
+        return self._capture.obstacle if self.engine and not ordinary else "not every network is updated flat"
+
+    def _fixed(self) -> Hashable:
+        """What a recorded update has read from Python, and the identity of what it writes to."""
+        values = tuple(getattr(self, name, None) for name in sorted(constructor_keys(type(self))))
+        numbers = tuple(value for value in values if isinstance(value, (int, float, str)))
+        written = tuple(descent.fixed() for descent in self._descents.values() if isinstance(descent, FlatAdam))
+        targets = tuple(average.fixed() for average in self._averages.values())
+        return numbers, tuple(self._max_grad_norms.items()), written, targets
 
     def _begin_updates(self) -> None:
         """Training mode and this moment's learning rates."""
@@ -126,7 +128,24 @@ class UpdateMixin(BaseAlgorithm):
             own = self._rates[name](progress) if name in self._rates else rate
             if name in self._rates:
                 self.logger.record(f"train/{name}_learning_rate", own)
-            update_learning_rate(optimizer, own)
+            self._descents[name].set_rate(own)
+        ordinary = [descent for descent in self._descents.values() if not isinstance(descent, FlatAdam)]
+        self._records = self._capture_obstacle(ordinary) is None
+        if self._records:
+            self._capture.fix(self._fixed())
+
+    def _run(self, update: Callable[..., None], batch: Transitions, *options: Hashable) -> None:
+        """
+        ``update(batch, *options)``, recorded once for each combination of options and then replayed where that is possible.
+
+        :param update: what a batch is used for, without looking at values on the device
+        :param batch: the batch
+        :param options: further arguments
+        """
+        if self._records:
+            self._capture.run((update.__name__, options), lambda static: update(static, *options), batch)
+        else:
+            update(batch, *options)
 
     def _descend(
         self, network: str | tuple[str, ...], loss_of: Callable[[Batch], th.Tensor], batch: Batch, name: str | None = None
@@ -150,9 +169,18 @@ class UpdateMixin(BaseAlgorithm):
             norm = descent.gradient_norm()
             if own in self._max_grad_norms:
                 descent.clip(self._max_grad_norms[own], norm)
+            self._decay(own, descent)
             descent.step()
             self._means.add(f"{own}_grad_norm", norm)
         self._means.add(f"{name or '_'.join(networks)}_loss", loss)
+
+    def _decay(self, network: str, descent: Descent) -> None:
+        """Add ``x_weight_decay`` times the weights to their gradients, as Adam's own does; not for biases and norms."""
+        weight_decay = getattr(self, f"{network}_weight_decay", 0.0)
+        if weight_decay:
+            for parameter in descent.parameters:
+                if parameter.dim() > 1 and parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach(), alpha=weight_decay)
 
     def _parameters_except(self, networks: tuple[str, ...]) -> list[th.nn.Parameter]:
         """The trained parameters that none of ``networks`` has."""
@@ -199,5 +227,5 @@ class UpdateMixin(BaseAlgorithm):
             )
 
     def _excluded_save_params(self) -> list[str]:
-        derived = ("_rates", "_max_grad_norms", "_means", "_descents", "_averages", "_others", "_workspace")
+        derived = ("_rates", "_max_grad_norms", "_means", "_descents", "_averages", "_others", "_workspace", "_capture")
         return [*super()._excluded_save_params(), *derived]

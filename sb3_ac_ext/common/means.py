@@ -1,0 +1,50 @@
+"""Means of what updates log, without asking the device for numbers one by one."""
+
+from collections.abc import Mapping
+
+import torch as th
+
+
+class TensorMeans:
+    """Means of scalar tensors, summed where they are and read together: one device synchronisation however many there are."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, th.Tensor] = {}  # kept when read, so that a recorded update may go on adding to them
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, value: th.Tensor) -> None:
+        """
+        :param name: of the quantity
+        :param value: ``()`` one value of it
+        """
+        value = value.detach()
+        total = self._sums.get(name)
+        if total is None or total.device != value.device:
+            self._sums[name] = total = th.zeros_like(value)
+        total.add_(value)
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def counts(self) -> dict[str, int]:
+        """How many values of each quantity were added since they were read."""
+        return dict(self._counts)
+
+    def count(self, numbers: Mapping[str, int]) -> None:
+        """
+        :param numbers: of values by quantity that were added to the sums by a replay, which does not count them
+        """
+        for name, number in numbers.items():
+            self._counts[name] = self._counts.get(name, 0) + number
+
+    def read(self) -> dict[str, float]:
+        """
+        :return: the mean of each quantity; everything added so far is forgotten
+        """
+        counts = {name: count for name, count in self._counts.items() if count}
+        self._counts = {}
+        if not counts:
+            return {}
+        sums = [self._sums[name] for name in counts]
+        values = th.stack(sums).tolist()
+        for total in sums:
+            total.zero_()
+        return {name: value / count for (name, count), value in zip(counts.items(), values, strict=True)}
