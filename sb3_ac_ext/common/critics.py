@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_ac_ext.common.fused_mlp import FusedMLP
+from sb3_ac_ext.common.stacked_mlps import side_by_side
 
 
 class TwinStreamCritic(BaseModel):
@@ -66,8 +67,8 @@ class TwinStreamCritic(BaseModel):
         """
         with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
             features = self.extract_features(obs, self.features_extractor)
-        inputs = th.cat([features, actions], dim=1)
-        return self.qf0(inputs), self.qf1(inputs)
+        q_a, q_b = side_by_side((self.qf0, self.qf1), th.cat([features, actions], dim=1))
+        return q_a, q_b
 
     def q1_forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch as th
 from torch import nn
 
 from sb3_ac_ext.common.matmul import addmm, mm
-from sb3_ac_ext.common.workspace import current
+from sb3_ac_ext.common.workspace import Workspace, current
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Fused(nn.Module):
         return output
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_known_layers"}
+        return {name: value for name, value in self.__dict__.items() if name[:6] != "_known"}
 
 
 class FusedMLP(Fused, nn.Sequential):
@@ -165,14 +165,17 @@ def run(plan: Plan, x: th.Tensor, parameters: Sequence[th.Tensor], keep: bool = 
     :param parameters: weight ``(out, in)`` and bias ``(out,)`` of each layer, in turn
     :param keep: whether all outputs are needed later; otherwise only the last one is valid
     :return: ``(B, out)`` for each layer, after its activation; in a workspace all but the last belong to it
+
+    K MLPs run as one with a first dimension K everywhere: ``x`` ``(K, B, inputs)``, weights ``(K, out, in)``, biases
+    ``(K, 1, out)``.
     """
     workspace = current()
     outputs: list[th.Tensor] = []
     for i, activation in enumerate(plan):
         weight, bias = parameters[2 * i], parameters[2 * i + 1]
         last = i == len(plan) - 1
-        out = None if workspace is None or last else workspace.take(len(x), len(bias), x)
-        y = addmm(bias, x, weight.t(), out)
+        out = None if workspace is None or last else workspace.take((*x.shape[:-1], bias.shape[-1]), x)
+        y = addmm(bias, x, weight.mT, out)
         if activation is not None:
             y = activation.forward_(y)
         if workspace is not None and not keep:
@@ -180,6 +183,96 @@ def run(plan: Plan, x: th.Tensor, parameters: Sequence[th.Tensor], keep: bool = 
         outputs.append(y)
         x = y
     return outputs
+
+
+class Sink:
+    """Takes the gradients of one backward pass: into the module's sink, or to be returned to autograd."""
+
+    def __init__(self, module: Fused, size: int) -> None:
+        self.module = module
+        self.places = module.sink
+        self.returned: list[th.Tensor | None] = [None] * size
+
+    def weight(self, index: int, grad: th.Tensor, layer_input: th.Tensor) -> None:
+        """
+        :param index: of the weight among the parameters
+        :param grad: ``(B, out)`` gradient of the layer's output
+        :param layer_input: ``(B, in)``
+        """
+        if self.places is None:
+            self.returned[index] = mm(grad.t(), layer_input)
+        elif self.module.sink_filled:
+            self.places[index].add_(mm(grad.t(), layer_input))
+        else:
+            mm(grad.t(), layer_input, out=self.places[index])
+
+    def bias(self, index: int, grad: th.Tensor) -> None:
+        """
+        :param index: of the bias among the parameters
+        :param grad: ``(B, out)`` gradient of the layer's output
+        """
+        if self.places is None:
+            self.returned[index] = grad.sum(dim=0)
+        elif self.module.sink_filled:
+            self.places[index].add_(grad.sum(dim=0))
+        else:
+            th.sum(grad, dim=0, out=self.places[index])
+
+    def close(self) -> list[th.Tensor | None]:
+        """The gradients for autograd: None for those that went into the module's sink or that nobody needs."""
+        self.module.sink_filled = self.places is not None
+        return self.returned
+
+
+class Gradients(Protocol):
+    """What takes the gradients of `run`'s parameters, see `Sink`."""
+
+    def weight(self, index: int, grad: th.Tensor, layer_input: th.Tensor) -> None:
+        """See `Sink`."""
+
+    def bias(self, index: int, grad: th.Tensor) -> None:
+        """See `Sink`."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a backward pass needs of the `run` before it."""
+
+    plan: Plan
+    workspace: Workspace | None
+    inputs: Sequence[th.Tensor]
+    """Of each layer: the output of the one before it."""
+    outputs: Sequence[th.Tensor]
+    weights: Sequence[th.Tensor]
+
+    def backward(self, grad: th.Tensor, x_needed: bool, needed: Sequence[bool], gradients: Gradients) -> th.Tensor | None:
+        """
+        :param grad: gradient of the last output
+        :param x_needed: whether the input's gradient is needed
+        :param needed: whether that of each parameter is
+        :param gradients: where they go
+        :return: the input's gradient, if it is needed
+        """
+        workspace = self.workspace
+        for layer in reversed(range(len(self.plan))):
+            activation = self.plan[layer]
+            if activation is not None:
+                own = workspace is not None and layer < len(self.plan) - 1  # this graph's alone, and not needed again
+                factor = activation.derivative_(self.outputs[layer] if own else self.outputs[layer].clone())
+                grad = grad.mul_(factor) if own else grad * factor
+            if needed[2 * layer]:
+                gradients.weight(2 * layer, grad, self.inputs[layer])
+            if needed[2 * layer + 1]:
+                gradients.bias(2 * layer + 1, grad)
+            if not (x_needed or any(needed[: 2 * layer])):
+                return None
+            weight = self.weights[layer]
+            shape = (*grad.shape[:-1], weight.shape[-1])
+            out = None if workspace is None or layer == 0 else workspace.take(shape, grad)
+            incoming, grad = grad, mm(grad, weight, out)
+            if workspace is not None:
+                workspace.give(incoming)
+        return grad
 
 
 class _Node(th.autograd.Function):
@@ -195,52 +288,7 @@ class _Node(th.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: th.Tensor) -> tuple[Any, ...]:
         n, saved = len(ctx.plan), ctx.saved_tensors
-        inputs, outputs, weights = saved[:n], saved[1 : n + 1], saved[n + 1 :: 2]  # a layer's input is the output before it
         _, _, x_needed, *needed = ctx.needs_input_grad
-        sink, workspace = _Sink(ctx.module, 2 * n), ctx.workspace
-        for layer in reversed(range(n)):
-            activation = ctx.plan[layer]
-            if activation is not None:
-                own = workspace is not None and layer < n - 1  # this graph's alone, and not needed again
-                factor = activation.derivative_(outputs[layer] if own else outputs[layer].clone())
-                grad = grad.mul_(factor) if own else grad * factor
-            if needed[2 * layer]:
-                sink.weight(2 * layer, grad, inputs[layer])
-            if needed[2 * layer + 1]:
-                sink.bias(2 * layer + 1, grad)
-            if not (x_needed or any(needed[: 2 * layer])):
-                return None, None, None, *sink.close()
-            out = None if workspace is None or layer == 0 else workspace.take(len(grad), weights[layer].shape[1], grad)
-            incoming, grad = grad, mm(grad, weights[layer], out)
-            if workspace is not None:
-                workspace.give(incoming)
-        return None, None, grad, *sink.close()
-
-
-class _Sink:
-    """Takes the gradients of one backward pass: into the module's sink, or to be returned to autograd."""
-
-    def __init__(self, module: Fused, size: int) -> None:
-        self.module = module
-        self.places = module.sink
-        self.returned: list[th.Tensor | None] = [None] * size
-
-    def weight(self, index: int, grad: th.Tensor, layer_input: th.Tensor) -> None:
-        if self.places is None:
-            self.returned[index] = mm(grad.t(), layer_input)
-        elif self.module.sink_filled:
-            self.places[index].add_(mm(grad.t(), layer_input))
-        else:
-            mm(grad.t(), layer_input, out=self.places[index])
-
-    def bias(self, index: int, grad: th.Tensor) -> None:
-        if self.places is None:
-            self.returned[index] = grad.sum(dim=0)
-        elif self.module.sink_filled:
-            self.places[index].add_(grad.sum(dim=0))
-        else:
-            th.sum(grad, dim=0, out=self.places[index])
-
-    def close(self) -> list[th.Tensor | None]:
-        self.module.sink_filled = self.places is not None
-        return self.returned
+        sink = Sink(ctx.module, 2 * n)
+        run_before = Pass(ctx.plan, ctx.workspace, saved[:n], saved[1 : n + 1], saved[n + 1 :: 2])
+        return None, None, run_before.backward(grad, x_needed, needed, sink), *sink.close()

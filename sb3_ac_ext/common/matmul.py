@@ -16,6 +16,8 @@ import torch as th
 
 SMALLEST_SIDE = 128
 """Thinner products are slower through oneDNN."""
+THINNEST_BATCHED = 8
+"""Several products with fewer rows or columns in the result are slower as one batched product."""
 LARGEST_ERROR = 1e-6
 """Relative error against float64, as a ratio of norms; fp32 gives about 3e-7 for sums of some hundred terms."""
 LEAST_GAIN = 1.15
@@ -94,7 +96,14 @@ def _probe(rows: int, inner: int, columns: int, repetitions: int = 7) -> bool:
 
 
 def mm(a: th.Tensor, b: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
-    """``a @ b``, see `torch.mm`."""
+    """``a @ b`` of matrices, see `torch.mm`, or of K pairs of them, see `torch.bmm`."""
+    if a.dim() == 3:
+        if _one_by_one(a, b):
+            out = a.new_empty(len(a), a.shape[1], b.shape[2]) if out is None else out
+            for k in range(len(a)):
+                mm(a[k], b[k], out[k])
+            return out
+        return th.bmm(a, b, out=out)
     if _through_onednn(a, b):
         with onednn():
             return th.mm(a, b, out=out)
@@ -102,8 +111,21 @@ def mm(a: th.Tensor, b: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
 
 
 def addmm(bias: th.Tensor, a: th.Tensor, b: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
-    """``a @ b + bias``, see `torch.addmm`."""
+    """``a @ b + bias`` of matrices, see `torch.addmm`, or of K of each, see `torch.baddbmm`."""
+    if a.dim() == 3:
+        if _one_by_one(a, b):
+            out = a.new_empty(len(a), a.shape[1], b.shape[2]) if out is None else out
+            for k in range(len(a)):
+                addmm(bias[k], a[k], b[k], out[k])
+            return out
+        return th.baddbmm(bias, a, b, out=out)
     if _through_onednn(a, b):
         with onednn():
             return th.addmm(bias, a, b, out=out)
     return th.addmm(bias, a, b, out=out)
+
+
+def _one_by_one(a: th.Tensor, b: th.Tensor) -> bool:
+    """Whether K products are faster one after another: through oneDNN, or on a CPU with a row or column as the result."""
+    thin = a.device.type == "cpu" and min(a.shape[1], b.shape[2]) < THINNEST_BATCHED
+    return thin or _through_onednn(a[0], b[0])

@@ -45,15 +45,14 @@ class Workspace:
             for tensor in list(self._taken.values()):
                 self.give(tensor)
 
-    def take(self, rows: int, columns: int, like: th.Tensor) -> th.Tensor:
+    def take(self, shape: tuple[int, ...], like: th.Tensor) -> th.Tensor:
         """
-        :param rows: of the tensor
-        :param columns: of the tensor
+        :param shape: of the tensor
         :param like: whose type and device it has
-        :return: ``(rows, columns)`` with any content
+        :return: a tensor of that shape with any content
         """
-        free = self._free[rows, columns, like.dtype, like.device]
-        tensor = free.pop() if free else like.new_empty(rows, columns)
+        free = self._free[shape, like.dtype, like.device]
+        tensor = free.pop() if free else like.new_empty(shape)
         self._taken[id(tensor)] = tensor
         return tensor
 
@@ -62,4 +61,4 @@ class Workspace:
         :param tensor: that nobody reads any more; what was not taken from here is left alone
         """
         if self._taken.pop(id(tensor), None) is not None:
-            self._free[*tensor.shape, tensor.dtype, tensor.device].append(tensor)
+            self._free[tuple(tensor.shape), tensor.dtype, tensor.device].append(tensor)
