@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.adam import adam
 
-from sb3_ac_ext.common.fused_mlp import Fused
+from sb3_ac_ext.common.fused_mlp import Fused, Places
 
 STATE = ("step", "exp_avg", "exp_avg_sq")
 """The names in Adam's state of a parameter."""
@@ -197,7 +197,11 @@ class FlatAdam(Descent):
         self.flat = bind(parameters)
         self.gradient = FlatTensor([th.zeros_like(parameter) for parameter in parameters])
         views = dict(zip(map(id, parameters), self.gradient.views, strict=True))
-        self.sinks = [(module, [views.pop(id(parameter)) for parameter in module.parameters()]) for module in self.fused]
+        self.places: list[tuple[Places, list[nn.Parameter]]] = []
+        for module in self.fused:
+            own = list(module.parameters())
+            module.places = Places([views.pop(id(parameter)) for parameter in own])
+            self.places.append((module.places, own))
         self.others = [(parameter, views[id(parameter)]) for parameter in parameters if id(parameter) in views]
         started = len(state) > 0
         old = [[state[p][name].to(p) if started else th.zeros_like(p) for p in parameters] for name in MOMENTS]
@@ -241,17 +245,18 @@ class FlatAdam(Descent):
     @contextmanager
     def receiving(self) -> Iterator[None]:
         """See `Descent.receiving`; the gradients end up in the flat tensor."""
-        self.optimizer.zero_grad()
-        for module, views in self.sinks:
-            module.sink, module.sink_filled = views, False
+        for parameter in self.parameters:
+            parameter.grad = None
+        for places, _ in self.places:
+            places.open, places.filled = True, False
         try:
             yield
         finally:
-            for module, _ in self.sinks:
-                module.sink = None
-        for module, views in self.sinks:
-            if module.sink_filled:
-                for parameter, view in zip(module.parameters(), views, strict=True):
+            for places, _ in self.places:
+                places.open = False
+        for places, parameters in self.places:
+            if places.filled:
+                for parameter, view in zip(parameters, places.gradients, strict=True):
                     parameter.grad = view
         for parameter, view in self.others:
             if parameter.grad is not None:

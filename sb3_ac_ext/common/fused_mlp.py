@@ -37,6 +37,18 @@ Plan = tuple[Activation | None, ...]
 """For each linear layer the activation after it."""
 
 
+@dataclass(eq=False)
+class Places:
+    """Memory for the gradients of a module's parameters, instead of returning them to autograd."""
+
+    gradients: Sequence[th.Tensor]
+    """Of each parameter, in their order."""
+    open: bool = False
+    """Whether backward passes shall write here."""
+    filled: bool = False
+    """Whether one has; further gradients are added."""
+
+
 class Fused(nn.Module):
     """
     Linear layers and activations that run as one autograd node where they can.
@@ -48,10 +60,8 @@ class Fused(nn.Module):
 
     fused: bool = True
     """Whether the node may be used."""
-    sink: Sequence[th.Tensor] | None = None
-    """Where a backward pass writes the parameters' gradients, instead of returning them to autograd."""
-    sink_filled: bool = False
-    """Whether the sink holds gradients, to which further ones are added."""
+    places: "Places | None" = None
+    """Where a backward pass writes the parameters' gradients, if they are open."""
 
     def chain(self) -> list[nn.Module]:
         """The layers in their order."""
@@ -186,11 +196,11 @@ def run(plan: Plan, x: th.Tensor, parameters: Sequence[th.Tensor], keep: bool = 
 
 
 class Sink:
-    """Takes the gradients of one backward pass: into the module's sink, or to be returned to autograd."""
+    """Takes the gradients of one backward pass: to the module's places if they are open, or to be returned to autograd."""
 
     def __init__(self, module: Fused, size: int) -> None:
-        self.module = module
-        self.places = module.sink
+        places = module.places
+        self.places = places if places is not None and places.open else None
         self.returned: list[th.Tensor | None] = [None] * size
 
     def weight(self, index: int, grad: th.Tensor, layer_input: th.Tensor) -> None:
@@ -201,10 +211,10 @@ class Sink:
         """
         if self.places is None:
             self.returned[index] = mm(grad.t(), layer_input)
-        elif self.module.sink_filled:
-            self.places[index].add_(mm(grad.t(), layer_input))
+        elif self.places.filled:
+            self.places.gradients[index].add_(mm(grad.t(), layer_input))
         else:
-            mm(grad.t(), layer_input, out=self.places[index])
+            mm(grad.t(), layer_input, out=self.places.gradients[index])
 
     def bias(self, index: int, grad: th.Tensor) -> None:
         """
@@ -213,14 +223,15 @@ class Sink:
         """
         if self.places is None:
             self.returned[index] = grad.sum(dim=0)
-        elif self.module.sink_filled:
-            self.places[index].add_(grad.sum(dim=0))
+        elif self.places.filled:
+            self.places.gradients[index].add_(grad.sum(dim=0))
         else:
-            th.sum(grad, dim=0, out=self.places[index])
+            th.sum(grad, dim=0, out=self.places.gradients[index])
 
     def close(self) -> list[th.Tensor | None]:
-        """The gradients for autograd: None for those that went into the module's sink or that nobody needs."""
-        self.module.sink_filled = self.places is not None
+        """The gradients for autograd: None for those that went to the module's places or that nobody needs."""
+        if self.places is not None:
+            self.places.filled = True
         return self.returned
 
 
