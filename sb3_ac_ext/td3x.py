@@ -11,84 +11,37 @@ TD3 with a twin-stream critic (Fujimoto et al. 2018, "Addressing Function Approx
             targets: theta_target <- tau theta + (1 - tau) theta_target
 """
 
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 import torch as th
-from gymnasium import spaces
 from stable_baselines3 import TD3
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.td3.policies import Actor, TD3Policy
 
 from sb3_ac_ext.common import numpy_actor
 from sb3_ac_ext.common.critics import TwinStreamCritic
-from sb3_ac_ext.common.fused_mlp import FusedMLP
 from sb3_ac_ext.common.off_policy import OffPolicyMixin
+from sb3_ac_ext.common.policies import DeterministicPolicy, ForDicts, ForImages, TwinStreamPolicy
 from sb3_ac_ext.common.typing import OffPolicyKwargs, Transitions
 from sb3_ac_ext.common.validation import check_number
 from sb3_ac_ext.functional.losses import smoothed_action, td_target, twin_mse
 
 
-class MlpPolicy(TD3Policy):
-    """
-    SB3's TD3 policy with the twin-stream critic.
-
-    :param observation_space: Observation space
-    :param action_space: Action space
-    :param lr_schedule: learning rate at the start; the algorithm sets each optimizer's rate before it updates
-    :param critic_layer_norm: whether the critic's hidden layers are normalised
-    :param kwargs: SB3's other arguments (net_arch, activation_fn, share_features_extractor, ...)
-    :raises ValueError: if ``n_critics`` is given and is not 2
-    """
+class MlpPolicy(TwinStreamPolicy, DeterministicPolicy):
+    """SB3's TD3 policy with the twin-stream critic, see `TwinStreamPolicy`."""
 
     critic: TwinStreamCritic  # type: ignore[assignment]
     critic_target: TwinStreamCritic  # type: ignore[assignment]
 
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Box,
-        lr_schedule: Schedule,
-        *,
-        critic_layer_norm: bool = False,
-        n_critics: int = 2,
-        **kwargs: Any,
-    ) -> None:
-        if n_critics != 2:
-            raise ValueError(f"n_critics must be 2, the streams of the critic, got {n_critics}")
-        self.critic_layer_norm = critic_layer_norm
-        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
-    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> TwinStreamCritic:  # type: ignore[override]
-        critic_kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
-        del critic_kwargs["n_critics"]
-        return TwinStreamCritic(**critic_kwargs, layer_norm=self.critic_layer_norm).to(self.device)
-
-    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
-        actor = super().make_actor(features_extractor)
-        actor.mu = FusedMLP(*actor.mu)
-        return actor
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), "critic_layer_norm": self.critic_layer_norm}
-
-
-class CnnPolicy(MlpPolicy):
+class CnnPolicy(ForImages, MlpPolicy):
     """The policy for images."""
 
-    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs: Any) -> None:
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
 
-
-class MultiInputPolicy(MlpPolicy):
+class MultiInputPolicy(ForDicts, MlpPolicy):
     """The policy for Dict observations."""
-
-    def __init__(
-        self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
 
 
 class TD3X(OffPolicyMixin, TD3):

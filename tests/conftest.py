@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import stable_baselines3.common.policies
 import torch
 
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
@@ -22,6 +23,12 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 def spec(request: pytest.FixtureRequest) -> AlgoSpec:
     """Every algorithm of the registry in turn."""
     return request.param
+
+
+@pytest.fixture
+def double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SB3 casts observations with ``.float()``; without that a policy in float64 stays there."""
+    monkeypatch.setattr(stable_baselines3.common.policies, "preprocess_obs", lambda obs, space, normalize_images=True: obs)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.sac.policies import SACPolicy
 
-from sb3_ac_ext import TD3X
+from sb3_ac_ext import DDPGX, SACX, TD3X
 from sb3_ac_ext.common.schedules import as_schedule
 from sb3_ac_ext.common.validation import NonFiniteError
 
@@ -124,6 +125,148 @@ def test_arguments(kwargs: dict[str, Any], error: type[Exception], message: str)
         TD3X("MlpPolicy", env(), **kwargs).learn(10)
 
 
+ARCHITECTURE = {"net_arch": [16, 8]}
+PARAMETER_NOISE = {"std": 0.1, "distance": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"policy_delay": 2}, TypeError, r"DDPGX\(\) got an unexpected argument 'policy_delay'"),
+        ({"target_policy_noise": 0.2}, TypeError, r"unexpected argument 'target_policy_noise'"),
+        ({"critic_weight_decay": -0.1}, ValueError, r"critic_weight_decay must be a number >= 0, got -0.1"),
+        ({"critic_weight_decay": "1e-2"}, TypeError, r"critic_weight_decay must be a number, got '1e-2' of type str"),
+        ({"actor_learning_rate": -1.0}, ValueError, r"actor_learning_rate must be .*got -1.0"),
+        ({"policy_kwargs": {"n_critics": 2}}, ValueError, r"n_critics must be 1, got 2"),
+        (
+            {"policy_kwargs": {**ARCHITECTURE, "action_layer": 2}},
+            ValueError,
+            r"action_layer \(of the critic's hidden layers \[16, 8\], from 0\) must be an integer in \[0, 1\], got 2",
+        ),
+        ({"policy_kwargs": {**ARCHITECTURE, "action_layer": -1}}, ValueError, r"action_layer .* in \[0, 1\], got -1"),
+        ({"policy_kwargs": {**ARCHITECTURE, "action_layer": 0.5}}, TypeError, r"action_layer .* an integer, got 0.5"),
+        ({"policy_kwargs": {"net_arch": [], "action_layer": 1}}, ValueError, r"action_layer .* in \[0, 0\], got 1"),
+        ({"policy_kwargs": {"net_arch": {"pi": [8, 8, 8], "qf": [8]}, "action_layer": 1}}, ValueError, r"\[8\].*got 1"),
+        ({"policy_kwargs": {"batch_norm": "yes"}}, TypeError, r"batch_norm must be True or False, got 'yes' of type str"),
+        (
+            {"policy_kwargs": {"batch_norm": True}, "batch_size": 1},
+            ValueError,
+            r"batch_size must be an integer >= 2 with batch_norm=True, got 1",
+        ),
+        ({"policy_kwargs": {"final_layer_init": -1e-3}}, ValueError, r"final_layer_init must be a number >= 0, got -0.001"),
+        ({"policy_kwargs": {"critic_layer_norm": True}}, TypeError, r"critic_layer_norm"),
+        ({"parameter_noise": 0.1}, TypeError, r"parameter_noise must be a dict with the keys std, distance.*got 0.1"),
+        ({"parameter_noise": {"std": 0.1}}, ValueError, r"parameter_noise lacks distance"),
+        ({"parameter_noise": {**PARAMETER_NOISE, "target": 1}}, TypeError, r"parameter_noise got an unexpected key 'target'"),
+        ({"parameter_noise": {**PARAMETER_NOISE, "std": 0}}, ValueError, r"parameter_noise\['std'\] must be .*got 0"),
+        ({"parameter_noise": {**PARAMETER_NOISE, "distance": -1}}, ValueError, r"parameter_noise\['distance'\] .*got -1"),
+        ({"parameter_noise": {**PARAMETER_NOISE, "coefficient": 1}}, ValueError, r"\['coefficient'\] .*got 1"),
+        ({"parameter_noise": {**PARAMETER_NOISE, "interval": 0}}, ValueError, r"\['interval'\] .* an integer >= 1, got 0"),
+        (
+            {"exploration_noise": {"type": "ornstein-uhlenbeck", "start": 0.2, "dt": 0}},
+            ValueError,
+            r"exploration_noise\['dt'\] must be a number >= .*, got 0",
+        ),
+        (
+            {"action_noise": OrnsteinUhlenbeckActionNoise(np.zeros(3), np.ones(3))},
+            ValueError,
+            r"action_noise must have the shape of an action, \(2,\)",
+        ),
+    ],
+    ids=str,
+)
+def test_arguments_of_ddpgx(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        DDPGX("MlpPolicy", env(), **kwargs).learn(10)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        *(
+            ({"ent_coef": value}, error, rf"ent_coef must be a number > 0, \"auto\", or \"auto_x\".*got {shown}")
+            for value, error, shown in [
+                (0, ValueError, "0$"),
+                (-0.1, ValueError, "-0.1$"),
+                (float("inf"), ValueError, "inf$"),
+                ("auto_0", ValueError, "'auto_0'"),
+                ("auto_-1", ValueError, "'auto_-1'"),
+                ("auto_", ValueError, "'auto_'"),
+                ("auto_x", ValueError, "'auto_x'"),
+                ("automatic", ValueError, "'automatic'"),
+                (None, TypeError, "None of type NoneType"),
+                (True, TypeError, "True of type bool"),
+                ([0.1], TypeError, r"\[0.1\] of type list"),
+            ]
+        ),
+        *(
+            ({"target_entropy": value}, error, rf"target_entropy must be a number .* or \"auto\".*got {shown}")
+            for value, error, shown in [
+                ("low", ValueError, "'low'"),
+                ("auto_1", ValueError, "'auto_1'"),
+                (float("nan"), ValueError, "nan$"),
+                (float("-inf"), ValueError, "-inf$"),
+                (None, TypeError, "None of type NoneType"),
+                (False, TypeError, "False of type bool"),
+            ]
+        ),
+        ({"target_update_interval": 0}, ValueError, r"target_update_interval must be an integer >= 1, got 0"),
+        ({"target_update_interval": 1.5}, TypeError, r"target_update_interval must be an integer, got 1.5"),
+        ({"target_update_every": 0}, ValueError, r"target_update_every must be an integer >= 1, got 0"),
+        ({"target_update_every": 2.0}, TypeError, r"target_update_every must be an integer, got 2.0"),
+        (
+            {"target_update_every": 2, "target_update_interval": 3},
+            ValueError,
+            r"target_update_interval and target_update_every exclude each other, got 3 and 2",
+        ),
+        *(
+            ({f"{name}_learning_rate": -1.0, "value_network": True}, ValueError, rf"{name}_learning_rate must be .*got -1.0")
+            for name in ("actor", "q_a", "q_b", "value", "ent_coef")
+        ),
+        ({"value_learning_rate": 1e-3}, ValueError, r"value_learning_rate needs value_network=True, got 0.001"),
+        (
+            {"ent_coef_learning_rate": 1e-3, "ent_coef": 0.1},
+            ValueError,
+            r"ent_coef_learning_rate needs ent_coef=\"auto\", got 0.001 with 0.1",
+        ),
+        ({"critic_learning_rate": 1e-3}, TypeError, r"SACX\(\) got an unexpected argument 'critic_learning_rate'"),
+        ({"max_grad_norm": {"critic": 1.0}}, TypeError, r"unexpected key 'critic'; legal are actor, ent_coef, q_a, q_b"),
+        ({"max_grad_norm": {"value": 1.0}}, TypeError, r"unexpected key 'value'"),
+        ({"sde_sample_freq": -2}, ValueError, r"sde_sample_freq must be an integer >= -1, got -2"),
+        *(
+            ({name: "yes"}, TypeError, rf"{name} must be True or False, got 'yes' of type str")
+            for name in ("value_network", "exact_log_prob", "use_sde", "use_sde_at_warmup", "engine")
+        ),
+        (
+            {"policy_kwargs": {"value_network": True}},
+            ValueError,
+            r"value_network must be what the policy was made with, True, got False",
+        ),
+        ({"policy_kwargs": {"n_critics": 3}}, ValueError, r"n_critics must be 2.*got 3"),
+        ({"policy_delay": 2}, TypeError, r"SACX\(\) got an unexpected argument 'policy_delay'"),
+    ],
+    ids=str,
+)
+def test_arguments_of_sacx(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SACX("MlpPolicy", env(), **kwargs).learn(10)
+
+
+def test_sacx_refuses_policies_without_its_networks() -> None:
+    class OtherPolicy(SACPolicy):
+        """SB3's networks."""
+
+    with pytest.raises(TypeError, match=r"policy must be derived from sb3_ac_ext.sacx.*MlpPolicy, got .*OtherPolicy"):
+        SACX(OtherPolicy, env())
+    assert type(SACX(SACPolicy, env()).policy) is SACX.policy_aliases["MlpPolicy"]
+
+
+def test_value_network_cannot_change_at_load(tmp_path: Any) -> None:
+    SACX("MlpPolicy", env(), value_network=True).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"value_network must be what the policy was made with, True, got False"):
+        SACX.load(tmp_path / "model", value_network=False)
+
+
 @pytest.mark.parametrize(
     ("make_env", "message"),
     [
@@ -173,6 +316,16 @@ def test_linear_schedule_string(progress: float, rate: float) -> None:
 
 def model_that_learns(**kwargs: Any) -> TD3X:
     return TD3X("MlpPolicy", RandomEnv(BOX, CONTINUOUS), policy_kwargs={"net_arch": [8]}, learning_starts=10, seed=0, **kwargs)
+
+
+@pytest.mark.parametrize("network", ["actor", "q_a", "q_b", "value"])
+def test_non_finite_training_of_sacx_stops(network: str) -> None:
+    kwargs = {"policy_kwargs": {"net_arch": [8]}, "learning_starts": 10, "value_network": True}
+    model = SACX("MlpPolicy", RandomEnv(BOX, CONTINUOUS), **kwargs).learn(20)
+    parts = {"actor": model.actor, "q_a": model.critic.qf0, "q_b": model.critic.qf1, "value": model.policy.value}
+    next(parts[network].parameters()).data[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"SACX: the parameters of the \w+ became non-finite .* by update 11"):
+        model.train(1, 4)
 
 
 class Break(BaseCallback):

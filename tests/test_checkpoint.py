@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from environments import BOX, CONTINUOUS, IMAGE, RandomEnv, ScriptedEnv
-from stable_baselines3 import TD3, HerReplayBuffer
+from stable_baselines3 import DDPG, TD3, HerReplayBuffer
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
@@ -19,8 +19,9 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.td3.policies import CnnPolicy, TD3Policy
 
+import sb3_ac_ext.ddpgx
 import sb3_ac_ext.td3x
-from sb3_ac_ext import TD3X
+from sb3_ac_ext import DDPGX, TD3X
 from sb3_ac_ext.common.checkpoint import atomic_file, random_state, set_random_state
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
@@ -34,7 +35,9 @@ every_off_policy_algorithm = pytest.mark.parametrize(
 
 def make(cls: Any = TD3X, env: Any = None, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
     own = {"policy_kwargs": SMALL, "seed": 0, "learning_starts": 10, "batch_size": 4, "buffer_size": 100}
-    return cls(policy, env or scripted(), **{**own, **kwargs})
+    kwargs = {**own, **kwargs}
+    kwargs["policy_kwargs"] = {**kwargs["policy_kwargs"]}  # SB3's DDPG writes into it
+    return cls(policy, env or scripted(), **kwargs)
 
 
 def scripted(n_envs: int = 1) -> VecEnv:
@@ -77,9 +80,47 @@ EXTRAS = [
     },
 ]
 
+OWN_EXTRAS: dict[str, dict[str, Any]] = {
+    "sacx": {
+        "value_network": True,
+        "ent_coef": "auto_0.5",
+        "ent_coef_learning_rate": 3e-3,
+        "exact_log_prob": True,
+        "target_update_every": 3,
+        "use_sde": True,
+        "sde_sample_freq": 2,
+    },
+    "ddpgx": {
+        "exploration_noise": {"type": "ornstein-uhlenbeck", "start": 0.2, "dt": 1.0},
+        "parameter_noise": {"std": 0.1, "distance": 0.2, "interval": 3},
+        "critic_weight_decay": 0.1,
+        "policy_kwargs": {**SMALL, "action_layer": 1, "batch_norm": True, "final_layer_init": 3e-3},
+    },
+}
+"""By the algorithm that alone has them."""
 
-@every_off_policy_algorithm
-@pytest.mark.parametrize("kwargs", EXTRAS, ids=["plain", "ou", "extras"])
+
+def by_own_names(spec: AlgoSpec, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """SACX's critic is two networks."""
+    if spec.name != "sacx" or "critic_learning_rate" not in kwargs:
+        return kwargs
+    shared = {name: value for name, value in kwargs.items() if name != "critic_learning_rate"}
+    return {**shared, "q_a_learning_rate": 3e-3, "max_grad_norm": {"q_b": 0.5}}
+
+
+every_algorithm_with_extras = pytest.mark.parametrize(
+    ("spec", "kwargs"),
+    [
+        pytest.param(spec, by_own_names(spec, kwargs), id=f"{spec.name}-{name}")
+        for spec in ALGORITHMS
+        if issubclass(spec.cls, OffPolicyAlgorithm)
+        for name, kwargs in [*zip(("plain", "ou", "extras"), EXTRAS, strict=True), ("own", OWN_EXTRAS.get(spec.name))]
+        if kwargs is not None
+    ],
+)
+
+
+@every_algorithm_with_extras
 def test_train_after_load_is_the_uninterrupted_train(spec: AlgoSpec, kwargs: dict[str, Any], tmp_path: Path) -> None:
     model = make(spec.cls, **kwargs).learn(21)  # odd: between two delayed actor updates
     model.save(tmp_path / "model")
@@ -95,9 +136,8 @@ def test_train_after_load_is_the_uninterrupted_train(spec: AlgoSpec, kwargs: dic
     assert_same(loaded, model)
 
 
-@every_off_policy_algorithm
+@every_algorithm_with_extras
 @pytest.mark.parametrize("n_envs", [1, 2])
-@pytest.mark.parametrize("kwargs", EXTRAS, ids=["plain", "ou", "extras"])
 @pytest.mark.parametrize("steps", [1, 6], ids=["in warm-up", "learning"])
 def test_learn_after_load_is_the_uninterrupted_learn(
     spec: AlgoSpec, kwargs: dict[str, Any], n_envs: int, steps: int, tmp_path: Path
@@ -236,18 +276,22 @@ def test_saves_to_an_open_file(tmp_path: Path) -> None:
         assert_same(TD3X.load(file), model)
 
 
-def test_stored_arguments_are_json(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cls", "own"), [(TD3X, {}), (DDPGX, {**OWN_EXTRAS["ddpgx"], "policy_kwargs": SMALL})], ids=["td3x", "ddpgx"]
+)
+def test_stored_arguments_are_json(cls: Any, own: dict[str, Any], tmp_path: Path) -> None:
     """SB3 pickles some attributes; ours add none."""
-    kwargs = {**EXTRAS[2], "actor_learning_rate": "lin_1e-4"}
-    make(**kwargs).learn(20).save(tmp_path / "ours")
-    make(TD3).learn(20).save(tmp_path / "theirs")
+    kwargs = {**EXTRAS[2], "actor_learning_rate": "lin_1e-4", **own}
+    make(cls, **kwargs).learn(20).save(tmp_path / "ours")
+    make(cls.sb3_class).learn(20).save(tmp_path / "theirs")
     pickled = []
     for name in ("ours", "theirs"):
         data = json.loads(zipfile.ZipFile(tmp_path / f"{name}.zip").read("data"))
         pickled.append({key for key, value in data.items() if isinstance(value, dict) and ":serialized:" in value})
     assert pickled[0] <= pickled[1]
-    loaded = TD3X.load(tmp_path / "ours")
-    assert {name: getattr(loaded, name) for name in kwargs} == kwargs
+    loaded = cls.load(tmp_path / "ours")
+    stored = {name: getattr(loaded, name) for name in kwargs.keys() - {"policy_kwargs"}}
+    assert stored == {name: kwargs[name] for name in stored}
 
 
 def test_predicting_needs_no_buffer(tmp_path: Path) -> None:
@@ -279,20 +323,22 @@ def test_her_model_predicts_without_an_environment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("env", "policy", "theirs", "ours"),
-    [
-        (RandomEnv(BOX, CONTINUOUS), "MlpPolicy", TD3Policy, sb3_ac_ext.td3x.MlpPolicy),
-        (RandomEnv(IMAGE, CONTINUOUS), "CnnPolicy", CnnPolicy, sb3_ac_ext.td3x.CnnPolicy),
-    ],
+    ("env", "policy", "theirs"),
+    [(RandomEnv(BOX, CONTINUOUS), "MlpPolicy", TD3Policy), (RandomEnv(IMAGE, CONTINUOUS), "CnnPolicy", CnnPolicy)],
     ids=["mlp", "cnn"],
 )
-def test_sb3_zip_and_buffer_load_and_train_on(env: Any, policy: str, theirs: type, ours: type, tmp_path: Path) -> None:
-    sb3_model = make(TD3, env, policy).learn(21)
+@pytest.mark.parametrize(
+    ("cls", "module"), [(TD3X, sb3_ac_ext.td3x), (DDPGX, sb3_ac_ext.ddpgx)], ids=lambda value: value.__name__
+)
+def test_sb3_zip_and_buffer_load_and_train_on(
+    cls: Any, module: Any, env: Any, policy: str, theirs: type, tmp_path: Path
+) -> None:
+    sb3_model = make(cls.sb3_class, env, policy).learn(21)
     assert type(sb3_model.policy) is theirs
     sb3_model.save(tmp_path / "sb3")
     sb3_model.save_replay_buffer(tmp_path / "buffer")
-    loaded = TD3X.load(tmp_path / "sb3", env=env)
-    assert type(loaded.policy) is ours
+    loaded = cls.load(tmp_path / "sb3", env=env)
+    assert type(loaded.policy) is getattr(module, policy)
     assert_same(loaded, sb3_model)
     loaded.load_replay_buffer(tmp_path / "buffer")
     loaded.set_logger(Logger(None, []))
@@ -307,10 +353,11 @@ def test_sb3_policy_class_given_to_the_constructor_is_ours() -> None:
     assert type(TD3X(TD3Policy, scripted()).policy) is sb3_ac_ext.td3x.MlpPolicy
 
 
-def test_our_zip_loads_into_sb3(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cls", [TD3X, DDPGX])
+def test_our_zip_loads_into_sb3(cls: Any, tmp_path: Path) -> None:
     """Back to SB3 with its own policy class: the parameters have the same names."""
-    model = make().learn(21)
-    fresh = make(TD3)
+    model = make(cls).learn(21)
+    fresh = make(cls.sb3_class)
     fresh.set_parameters(model.get_parameters())
     obs = np.ones((3, 2), np.float32)
     np.testing.assert_array_equal(fresh.predict(obs)[0], model.predict(obs)[0])
@@ -320,6 +367,20 @@ def test_sb3_zip_with_another_number_of_critics_is_refused(tmp_path: Path) -> No
     make(TD3, policy_kwargs={**SMALL, "n_critics": 3}).save(tmp_path / "sb3")
     with pytest.raises(ValueError, match=r"n_critics must be 2.*got 3"):
         TD3X.load(tmp_path / "sb3")
+    make(DDPG, policy_kwargs={**SMALL, "n_critics": 2}).save(tmp_path / "sb3")
+    with pytest.raises(ValueError, match=r"n_critics must be 1, got 2"):
+        DDPGX.load(tmp_path / "sb3")
+
+
+def test_sb3_zip_goes_on_with_the_options_of_ddpgx(tmp_path: Path) -> None:
+    """Its optimizer state has one group of parameters, which weight decay leaves as it is."""
+    make(DDPG).learn(21).save(tmp_path / "sb3")
+    loaded = DDPGX.load(
+        tmp_path / "sb3", env=scripted(), critic_weight_decay=0.1, parameter_noise={"std": 0.1, "distance": 0.2}
+    )
+    assert (loaded.policy.action_layer, loaded.policy.batch_norm) == (0, False)
+    loaded.learn(20, reset_num_timesteps=False)
+    assert loaded.critic.optimizer.state_dict()["state"][0]["step"] == 31
 
 
 def test_n_steps_can_change_at_load(tmp_path: Path) -> None:

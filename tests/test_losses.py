@@ -5,7 +5,7 @@ import torch as th
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sb3_ac_ext.functional.losses import smoothed_action, td_target, twin_mse
+from sb3_ac_ext.functional.losses import ent_coef_loss, smoothed_action, soft_value, td_target, twin_mse
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,20 @@ def test_smoothing_noise_is_symmetric() -> None:
 def test_twin_mse_is_the_sum_of_both_means() -> None:
     q_a, q_b, target = th.tensor([[1.0], [3.0]]), th.tensor([[0.0], [0.0]]), th.tensor([[2.0], [2.0]])
     assert twin_mse(q_a, q_b, target).item() == (1 + 1) / 2 + (4 + 4) / 2
+
+
+@pytest.mark.parametrize(("done", "expected"), [(0.0, 2.89), (1.0, 1.0)], ids=["continuing", "terminated"])
+def test_soft_target_of_the_smaller_stream(done: float, expected: float) -> None:
+    """The entropy of the next action counts where there is a next action only."""
+    value = soft_value(th.min(th.tensor([[2.0]]), th.tensor([[3.0]])), th.tensor([[-0.5]]), 0.2)
+    th.testing.assert_close(value, th.tensor([[2.1]]))
+    target = td_target(th.tensor([[1.0]]), th.tensor([[done]]), 0.9, value)
+    th.testing.assert_close(target, th.tensor([[expected]]))
+
+
+@pytest.mark.parametrize(("log_prob", "gradient"), [(-0.5, 1.5), (3.0, -2.0)], ids=["too random", "too certain"])
+def test_entropy_coefficient_falls_where_the_policy_is_more_random_than_asked(log_prob: float, gradient: float) -> None:
+    """Descending a positive gradient lowers alpha: with H = -1, entropies 0.5 and -3."""
+    log_ent_coef = th.zeros(1, requires_grad=True)
+    ent_coef_loss(log_ent_coef, th.tensor([[log_prob], [log_prob]]), -1.0).backward()
+    th.testing.assert_close(log_ent_coef.grad, th.tensor([gradient]))

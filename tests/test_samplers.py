@@ -28,6 +28,8 @@ from sb3_ac_ext.common.typing import constructor_keys
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec, data_dir
 
 DRAWS = 300
+OF_THE_ENVIRONMENT = {"n_timesteps", "n_envs", "normalize", "env_wrapper"}
+"""What the Zoo takes out of a file before it makes the model."""
 WITHOUT_HER = {"using_her_replay_buffer": False, "her_kwargs": {}}
 HER_KWARGS = {"copy_info_dict": True, "n_sampled_goal": 9}
 WITH_HER = {"using_her_replay_buffer": True, "her_kwargs": HER_KWARGS}
@@ -82,7 +84,7 @@ def build(spec: AlgoSpec, n_actions: int, her: bool, arguments: dict[str, Any]) 
 
 def with_tiny_networks(sampled: dict[str, Any]) -> dict[str, Any]:
     """The same with networks that take no time."""
-    return {**sampled, "policy_kwargs": {**sampled["policy_kwargs"], "net_arch": [2]}}
+    return {**sampled, "policy_kwargs": {**sampled["policy_kwargs"], "net_arch": [2, 2]}}
 
 
 @every_search
@@ -184,21 +186,24 @@ def assert_model_has(sampled: dict[str, Any], model: BaseAlgorithm) -> None:
 def entries_of(spec: AlgoSpec) -> list[dict[str, Any]]:
     """The different entries of the algorithm's files, as the Zoo hands them to the search, and one that fixes every rate."""
     files = [spec.config, *sorted(data_dir("zoo_configs").glob(f"{spec.name}_*.yml"))]
-    texts = {yaml.dump({**values, "n_timesteps": 1}) for file in files for values in yaml.safe_load(file.read_text()).values()}
+    contents = [values for file in files for values in yaml.safe_load(file.read_text()).values()]
+    texts = {yaml.dump({key: value for key, value in values.items() if key not in OF_THE_ENVIRONMENT}) for values in contents}
     entries = [yaml.safe_load(text) for text in sorted(texts)]
-    rates = constructor_keys(spec.cls) & {"actor_learning_rate", "critic_learning_rate"}
+    rates = {name for name in constructor_keys(spec.cls) if name.endswith("_learning_rate")}
     return [*entries, {**entries[0], **dict.fromkeys(rates, 0.123)}]
 
 
 def test_sampled_values_hold_whatever_the_file_says(spec: AlgoSpec):
     """A noise that decays, a warm-up with noise or a rate of the actor would contradict a trial or make it void."""
     for entry in entries_of(spec):
-        for n_actions, sampled, trial in draw(spec, WITHOUT_HER, number=8):
+        her = entry.pop("replay_buffer_class", None) is not None
+        additional_args = {"using_her_replay_buffer": her, "her_kwargs": entry.get("replay_buffer_kwargs", {})}
+        for n_actions, sampled, trial in draw(spec, additional_args, number=8):
             searched = {**as_arguments(entry, n_actions), **sampled}
             loaded = as_arguments({**entry, **spec.convert(trial.params)}, n_actions)
             for arguments in (searched, loaded):
-                del arguments["n_timesteps"], arguments["policy"]
-                model = build(spec, n_actions, False, with_tiny_networks(arguments))
+                del arguments["policy"]
+                model = build(spec, n_actions, her, with_tiny_networks(arguments))
                 assert "action_noise" not in arguments or model.action_noise is arguments["action_noise"]
             if "action_noise" in sampled:
                 assert_same_noise(searched.pop("action_noise"), loaded.pop("action_noise"))
@@ -223,6 +228,37 @@ def test_td3x_space_reaches_every_choice():
     ratios = [sampled["critic_learning_rate"] / sampled["learning_rate"] for sampled in draws]
     assert 0.5 == pytest.approx(min(ratios), rel=0.1)
     assert 10.0 == pytest.approx(max(ratios), rel=0.1)
+
+
+def test_sacx_space_reaches_every_choice():
+    sacx = next(spec for spec in ALGORITHMS if spec.name == "sacx")
+    draws = [sampled for _, sampled, _ in draw(sacx, WITHOUT_HER)]
+    assert {sampled["ent_coef"] for sampled in draws} == {"auto", "auto_0.1", 0.1, 0.01}
+    assert {sampled["max_grad_norm"] for sampled in draws} == {None, 0.5, 1.0, 10.0}
+    assert {sampled["policy_kwargs"]["critic_layer_norm"] for sampled in draws} == {False, True}
+    assert {sampled["value_network"] for sampled in draws} == {sampled["exact_log_prob"] for sampled in draws} == {False, True}
+    assert not any("action_noise" in sampled for sampled in draws)  # as in the Zoo's space
+    for sampled in draws:
+        assert (sampled["ent_coef_learning_rate"] is None) == (sampled["ent_coef"] in (0.1, 0.01))
+        assert sampled["q_a_learning_rate"] == sampled["q_b_learning_rate"]
+        assert sampled["value_learning_rate"] == (sampled["q_a_learning_rate"] if sampled["value_network"] else None)
+    learned = [sampled for sampled in draws if sampled["ent_coef_learning_rate"] is not None]
+    for name, samples, low in (("q_a", draws, 0.5), ("ent_coef", learned, 0.1)):
+        ratios = [sampled[f"{name}_learning_rate"] / sampled["learning_rate"] for sampled in samples]
+        assert low == pytest.approx(min(ratios), rel=0.1)
+        assert 10.0 == pytest.approx(max(ratios), rel=0.1)
+
+
+def test_ddpgx_space_reaches_every_choice():
+    ddpgx = next(spec for spec in ALGORITHMS if spec.name == "ddpgx")
+    draws = [sampled for _, sampled, _ in draw(ddpgx, WITHOUT_HER)]
+    architectures = [sampled["policy_kwargs"] for sampled in draws]
+    assert {kwargs["action_layer"] for kwargs in architectures} == {0, 1}
+    assert {kwargs["batch_norm"] for kwargs in architectures} == {False, True}
+    assert {kwargs["final_layer_init"] for kwargs in architectures} == {None, 3e-3}
+    assert {sampled["critic_weight_decay"] for sampled in draws} == {0.0, 1e-4, 1e-3, 1e-2}
+    assert {sampled["max_grad_norm"] for sampled in draws} == {None, 0.5, 1.0, 10.0}
+    assert {sampled["parameter_noise"] for sampled in draws} == {None}  # beside the sampled noise it would be a second one
 
 
 def test_the_critics_rate_is_shown_in_the_study():

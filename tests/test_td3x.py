@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import stable_baselines3.common.policies
 import torch as th
+from batches import batches, feed, flat
 from environments import BOX, CONTINUOUS, DICT, IMAGE, RandomEnv, ScriptedEnv
 from gymnasium import spaces
 from stable_baselines3 import TD3
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
 from sb3_ac_ext import TD3X
@@ -26,43 +25,6 @@ def make(cls: type[TD3] = TD3X, env: Any = None, policy: str = "MlpPolicy", **kw
     model = cls(policy, env or RandomEnv(BOX, CONTINUOUS), **kwargs)
     model.set_logger(Logger(None, []))
     return model
-
-
-def batches(
-    n: int, rows: int = 8, dtype: th.dtype = th.float64, obs_shape: tuple[int, ...] = (4,)
-) -> list[ReplayBufferSamples]:
-    generator = th.Generator().manual_seed(7)
-
-    def normal(*shape: int) -> th.Tensor:
-        return th.randn(*shape, generator=generator, dtype=dtype)
-
-    return [
-        ReplayBufferSamples(
-            observations=normal(rows, *obs_shape),
-            actions=normal(rows, 2).tanh(),
-            next_observations=normal(rows, *obs_shape),
-            dones=(normal(rows, 1) > 1).to(dtype),
-            rewards=normal(rows, 1),
-            discounts=0.98 ** th.randint(1, 4, (rows, 1), generator=generator).to(dtype) if i % 2 else None,
-        )
-        for i in range(n)
-    ]
-
-
-def feed(model: Any, samples: list[ReplayBufferSamples]) -> None:
-    """Let the model's replay buffer return these batches, one after another."""
-    queue = iter(samples)
-    model.replay_buffer.sample = lambda batch_size, env=None: next(queue)
-
-
-def flat(module: nn.Module) -> th.Tensor:
-    return th.cat([value.flatten() for value in module.state_dict().values()]).clone()
-
-
-@pytest.fixture
-def double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SB3 casts observations with ``.float()``; without that a policy in float64 stays there."""
-    monkeypatch.setattr(stable_baselines3.common.policies, "preprocess_obs", lambda obs, space, normalize_images=True: obs)
 
 
 @pytest.mark.usefixtures("double_precision")

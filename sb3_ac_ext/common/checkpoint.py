@@ -4,7 +4,7 @@ import base64
 import os
 import pathlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO, ClassVar, Self
 
@@ -14,8 +14,10 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file, recursive_getattr
 from stable_baselines3.common.type_aliases import MaybeCallback
 
+from sb3_ac_ext.common.descent import parameters_of
 from sb3_ac_ext.common.typing import constructor_keys
 from sb3_ac_ext.common.validation import check_keys
 
@@ -67,6 +69,28 @@ def _decode(text: str) -> th.Tensor:
     return th.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
 
 
+def split_optimizer_state(state: dict[str, Any], sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """
+    An optimizer's state as the states of several that share its parameters out.
+
+    :param state: what ``state_dict`` returned, with one parameter group
+    :param sizes: how many of its parameters each takes, in its order
+    :return: a state for each
+    :raises ValueError: if the numbers do not add up to its parameters
+    """
+    (group,) = state["param_groups"]
+    if sum(sizes) != len(group["params"]):
+        raise ValueError(f"the optimizer has {len(group['params'])} parameters, the networks have {sum(sizes)}")
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [
+        {
+            "state": {i - start: value for i, value in state["state"].items() if start <= i < start + size},
+            "param_groups": [{**group, "params": list(range(size))}],
+        }
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+
+
 @contextmanager
 def atomic_file(path: str | pathlib.Path, suffix: str) -> Iterator[BinaryIO]:
     """
@@ -106,6 +130,8 @@ class CheckpointMixin(BaseAlgorithm):
 
     sb3_class: ClassVar[type[BaseAlgorithm]]
     """The SB3 algorithm whose zips load; its policy classes stand for ours of the same alias."""
+    joint_optimizers: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Each optimizer of the SB3 algorithm that is several here: their attributes, in the order of its parameters."""
     _random_state: RandomState | None = None
     """States of a loaded checkpoint that training has not taken up yet."""
 
@@ -137,6 +163,31 @@ class CheckpointMixin(BaseAlgorithm):
         if self._random_state is not None:
             set_random_state(self._random_state, self.action_space, self.device)
             self._random_state = None
+
+    def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: th.device | str = "auto") -> None:
+        """
+        See SB3's ``BaseAlgorithm.set_parameters``; parameters of the SB3 class are taken too.
+
+        :param load_path_or_dict: file name, open binary file, or what ``get_parameters`` returned
+        :param exact_match: whether all parameters have to be there
+        :param device: where those of a file are put
+        """
+        parameters = load_path_or_dict
+        if not isinstance(parameters, dict):
+            _, parameters, _ = load_from_zip_file(parameters, device=device, load_data=False)
+        super().set_parameters(self._own_parameters(parameters), exact_match, device)
+
+    def _own_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """
+        :param parameters: of this class or of `sb3_class`, by the names of their attributes; not changed
+        :return: the same by our names
+        """
+        own = dict(parameters)
+        for joint in self.joint_optimizers.keys() & own.keys():
+            parts = {name: recursive_getattr(self, name) for name in self.joint_optimizers[joint]}
+            sizes = {name: len(parameters_of(part)) for name, part in parts.items() if part is not None}
+            own.update(zip(sizes, split_optimizer_state(own.pop(joint), list(sizes.values())), strict=True))
+        return own
 
     def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN
 from torch import nn
 
-from sb3_ac_ext.common.fused_mlp import FusedMLP
+from sb3_ac_ext.common.fused_mlp import Fused, FusedLinear, FusedMLP
 
 Function = Callable[[np.ndarray], np.ndarray]
 
@@ -37,15 +39,31 @@ def _elu(x: np.ndarray) -> np.ndarray:
 ACTIVATIONS: dict[type[nn.Module], Function] = {nn.ReLU: _relu, nn.Tanh: _tanh, nn.Sigmoid: _sigmoid, nn.ELU: _elu}
 """The activations that `FusedMLP` knows; in place where numpy can."""
 
-METHODS = frozenset({"predict", "_predict", "forward", "extract_features", "obs_to_tensor", "unscale_action"})
+GAUSSIAN = ("latent_pi", "mu", "log_std")
+"""The networks of an actor with a squashed Gaussian: the hidden layers, mean and logarithm of the standard deviation."""
+
+METHODS = frozenset(
+    {"predict", "_predict", "forward", "extract_features", "obs_to_tensor", "unscale_action"}
+    | {"get_action_dist_params", "actions_from_params", "proba_distribution", "get_actions", "sample", "mode"}
+)
 """What somebody may have replaced on an instance."""
+
+
+def networks(actor: Any) -> dict[str, Any]:
+    """
+    :param actor: an actor of SB3's TD3 or SAC
+    :return: by their names what it puts features through
+    """
+    names = GAUSSIAN if hasattr(actor, "latent_pi") else ("mu",)
+    return {name: getattr(actor, name) for name in names}
 
 
 def obstacle(policy: BasePolicy, policies: Collection[type[BasePolicy]], actor_class: type[BasePolicy]) -> str | None:
     """
     :param policy: the policy that would act
     :param policies: classes whose ``predict`` is the actor's action, unscaled
-    :param actor_class: class whose ``forward`` is the MLP ``mu`` on the features
+    :param actor_class: class whose ``forward`` puts the features through the MLP ``mu``, or through ``latent_pi`` and a
+        squashed Gaussian of ``mu`` and ``log_std``
     :return: why numpy cannot act for the policy; None if it can
     """
     if type(policy) not in policies:
@@ -57,41 +75,88 @@ def obstacle(policy: BasePolicy, policies: Collection[type[BasePolicy]], actor_c
     space = policy.observation_space
     if not isinstance(space, spaces.Box) or is_image_space(space):
         return f"observations are {space}"
-    if type(actor.mu) is not FusedMLP or actor.mu.obstacle is not None:
-        return f"the actor's layers: {getattr(actor.mu, 'obstacle', type(actor.mu).__name__)}"
-    weight = next(actor.mu.parameters())
-    if weight.device.type != "cpu" or weight.dtype != th.float32:
-        return f"the weights are {weight.dtype} on {weight.device}"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in (policy, actor, extractor, extractor.flatten)):
+    if getattr(actor, "use_sde", False):
+        return "gSDE"
+    distribution = getattr(actor, "action_dist", None)
+    if type(distribution) not in (SquashedDiagGaussianDistribution, type(None)):
+        return f"the distribution is a {type(distribution).__name__}"
+    for network in networks(actor).values():
+        if (reason := _obstacle_in(network)) is not None:
+            return reason
+    modules = (policy, actor, extractor, extractor.flatten)
+    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
         return "a hook on the policy"
-    if any(METHODS & vars(module).keys() for module in (policy, actor, extractor)):
+    if any(METHODS & vars(owner).keys() for owner in (*modules[:3], distribution) if owner is not None):
         return "a method of the policy was replaced"
     return None
 
 
+def _obstacle_in(network: Any) -> str | None:
+    if type(network) not in (FusedMLP, FusedLinear) or network.obstacle is not None:
+        return f"the actor's layers: {getattr(network, 'obstacle', type(network).__name__)}"
+    weight = next(network.parameters())
+    if weight.device.type != "cpu" or weight.dtype != th.float32:
+        return f"the weights are {weight.dtype} on {weight.device}"
+    return None
+
+
+class NumpyLayers:
+    """
+    The layers of a fused module, evaluated by numpy on views of the parameters' memory, so that an update is seen at once.
+
+    :param fused: a module without an obstacle
+    """
+
+    def __init__(self, fused: Fused) -> None:
+        self.fused = fused
+        self._chain = fused.chain()
+        self._hooks = [hooks for m in (fused, *self._chain) for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        linear = [module for module in self._chain if isinstance(module, nn.Linear)]
+        places = [(module._parameters, name) for module in linear for name in ("weight", "bias")]
+        self._places = [(parameters, name, _pointer(parameters[name])) for parameters, name in places]
+        activations = {before: ACTIVATIONS.get(type(m)) for before, m in zip(self._chain, self._chain[1:], strict=False)}
+        self._layers = [(m.weight.detach().numpy().T, m.bias.detach().numpy(), activations.get(m)) for m in linear]
+
+    def is_current(self) -> bool:
+        """Whether modules, memory and hooks are still those that there were."""
+        return (
+            self.fused.chain() == self._chain
+            and all(_pointer(parameters[name]) == pointer for parameters, name, pointer in self._places)
+            and not any(self._hooks)
+        )
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """
+        :param x: ``(1, inputs)``
+        :return: ``(1, outputs)``
+        """
+        for weight, bias, activation in self._layers:
+            x = x @ weight
+            x += bias
+            if activation is not None:
+                x = activation(x)
+        return x
+
+
+def _pointer(parameter: th.Tensor | None) -> int:
+    return 0 if parameter is None else parameter.data_ptr()
+
+
 class NumpyActor:
     """
-    A deterministic actor, an MLP on a flat observation, evaluated by numpy.
-
-    The weights are views of the parameters' memory, so an update is seen at once.
+    An actor on a flat observation, evaluated by numpy: an MLP that ends in the action, or one with a squashed Gaussian.
 
     :param policy: a policy for which there is no `obstacle`
     """
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
-        self._actor, self._mlp = policy.actor, policy.actor.mu
-        self._layer_modules = list(self._mlp)
-        modules = [policy, self._actor, self._actor.features_extractor, self._actor.features_extractor.flatten, self._mlp]
-        self._hooks = [h for m in (*modules, *self._mlp) for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._replaceable = [vars(module) for module in modules[:3]]
-        places = [(module._parameters, name) for module in self._mlp for name in module._parameters]
-        self._places = [(parameters, name, parameters[name].data_ptr()) for parameters, name in places]
-        views = [parameter.detach().numpy() for parameter in self._mlp.parameters()]
-        mlp = self._layer_modules
-        linear = zip(views[::2], views[1::2], strict=True)
-        following = [type(after) for layer, after in zip(mlp, [*mlp, None][1:], strict=True) if type(layer) is nn.Linear]
-        self._layers = [(w.T, b, ACTIVATIONS.get(after)) for (w, b), after in zip(linear, following, strict=True)]
+        self._actor = actor = policy.actor
+        self._parts = {name: NumpyLayers(network) for name, network in networks(actor).items()}
+        self._distribution = getattr(actor, "action_dist", None)
+        modules = (policy, actor, actor.features_extractor, actor.features_extractor.flatten)
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._replaceable = [vars(owner) for owner in (*modules[:3], self._distribution) if owner is not None]
         self._shape = policy.observation_space.shape
         space = policy.action_space
         self._action_shape, self._low, self._range = space.shape, space.low, space.high - space.low
@@ -100,17 +165,17 @@ class NumpyActor:
         """Whether nothing has happened since that would ask for another `obstacle` check: new memory, hooks, methods."""
         return (
             self.policy._modules["actor"] is self._actor
-            and self._actor._modules["mu"] is self._mlp
-            and list(self._mlp._modules.values()) == self._layer_modules
-            and all(parameters[name].data_ptr() == pointer for parameters, name, pointer in self._places)
+            and getattr(self._actor, "action_dist", None) is self._distribution
+            and all(self._actor._modules[name] is part.fused and part.is_current() for name, part in self._parts.items())
             and not any(self._hooks)
             and all(METHODS.isdisjoint(names) for names in self._replaceable)
         )
 
-    def __call__(self, observation: Any) -> np.ndarray | None:
+    def __call__(self, observation: Any, deterministic: bool = False) -> np.ndarray | None:
         """
         :param observation: one observation, or a batch of one. Larger batches are for PyTorch: numpy's BLAS would start
             threads of its own for them, which go on spinning beside PyTorch's (updates took 2.5 times as long)
+        :param deterministic: whether a stochastic actor gives its mode; its noise comes from PyTorch's generator
         :return: its action or a batch of one, in the environment's range; None if this input is for the ordinary path
         """
         if type(observation) is not np.ndarray:
@@ -118,11 +183,17 @@ class NumpyActor:
         single = observation.shape == self._shape
         if not single and observation.shape != (1, *self._shape):
             return None
-        x = observation.astype(np.float32).reshape(1, -1)
-        for weight, bias, activation in self._layers:
-            x = x @ weight
-            x += bias
-            if activation is not None:
-                x = activation(x)
+        x = self._act(observation.astype(np.float32).reshape(1, -1), deterministic)
         actions: np.ndarray = self._low + 0.5 * (x.reshape(1, *self._action_shape) + 1.0) * self._range
         return actions[0] if single else actions
+
+    def _act(self, features: np.ndarray, deterministic: bool) -> np.ndarray:
+        """From ``(1, features)`` to ``(1, A)`` action in [-1, 1]."""
+        if "latent_pi" not in self._parts:
+            return self._parts["mu"](features)
+        latent = self._parts["latent_pi"](features)
+        u = self._parts["mu"](latent)
+        if not deterministic:
+            std = np.exp(self._parts["log_std"](latent).clip(LOG_STD_MIN, LOG_STD_MAX))
+            u += std * th.empty(u.shape).normal_().numpy()
+        return _tanh(u)

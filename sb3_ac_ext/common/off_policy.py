@@ -1,5 +1,6 @@
 """What the off-policy algorithms share besides the updates: replay buffer, exploration, argument checks."""
 
+import copy
 import io
 import pathlib
 from collections.abc import Iterable
@@ -46,6 +47,7 @@ class OffPolicyMixin(UpdateMixin, CheckpointMixin, OffPolicyAlgorithm):
         self._noise: NoiseSchedule | None = None
         self._noise_steps = 0
         self._numpy_actor: NumpyActor | None = None
+        kwargs["policy_kwargs"] = copy.copy(kwargs.get("policy_kwargs"))  # SB3 writes into it
         with translated_assertions(self):
             super().__init__(*args, **kwargs)
         self.max_grad_norm = max_grad_norm
@@ -184,7 +186,7 @@ class OffPolicyMixin(UpdateMixin, CheckpointMixin, OffPolicyAlgorithm):
         :return: action or ``(N, ...)`` actions in the environment's range, and ``state``
         """
         actor = self._choose_actor()
-        action = None if actor is None else actor(observation)
+        action = None if actor is None else actor(observation, deterministic)
         return super().predict(observation, state, episode_start, deterministic) if action is None else (action, state)
 
     def engine_report(self) -> dict[str, str]:
@@ -210,12 +212,13 @@ class OffPolicyMixin(UpdateMixin, CheckpointMixin, OffPolicyAlgorithm):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        if self._noise is not None and action_noise is not None:
-            std = self._exploration_std()
-            assert std is not None
-            action_noise = ScaledNoise(action_noise, std)
-            learning_starts = 0 if self.warmup == "noise" else learning_starts
-        return super()._sample_action(learning_starts, action_noise, n_envs)
+        learning_starts = 0 if self.warmup == "noise" else learning_starts
+        return super()._sample_action(learning_starts, self._scaled_noise(action_noise), n_envs)
+
+    def _scaled_noise(self, action_noise: ActionNoise | None) -> ActionNoise | None:
+        """The process times this moment's factor, where ``exploration_noise`` asks for one."""
+        std = self._exploration_std()
+        return action_noise if self._noise is None or action_noise is None or std is None else ScaledNoise(action_noise, std)
 
     def _on_step(self) -> None:
         super()._on_step()

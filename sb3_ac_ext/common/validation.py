@@ -46,6 +46,14 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_switch(name: str, value: Any) -> None:
+    """
+    :raises TypeError: if ``value`` is neither True nor False
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+
+
 def check_keys(owner: str, keys: Iterable[str], allowed: Collection[str], kind: str = "argument") -> None:
     """
     :param owner: whose keys they are, the start of the message

@@ -45,3 +45,36 @@ def twin_mse(q_a: th.Tensor, q_b: th.Tensor, target: th.Tensor) -> th.Tensor:
     :return: scalar
     """
     return F.mse_loss(q_a, target) + F.mse_loss(q_b, target)
+
+
+def soft_value(q: th.Tensor, log_prob: th.Tensor, ent_coef: th.Tensor | float) -> th.Tensor:
+    """
+    One-sample estimate of the soft state value (Haarnoja et al. 2018, arXiv:1812.05905, eq. 3).
+
+        V(s) = Q(s, a) - alpha log pi(a|s)  with a ~ pi(s)
+
+    The mean of its negative is the policy's loss (eq. 9 there).
+
+    :param q: ``(B, 1)`` value of the sampled action, in reward units
+    :param log_prob: ``(B, 1)`` its log-density, in nats
+    :param ent_coef: alpha, reward units per nat, > 0
+    :return: ``(B, 1)`` in reward units
+    """
+    return q - ent_coef * log_prob
+
+
+def ent_coef_loss(log_ent_coef: th.Tensor, log_prob: th.Tensor, target_entropy: float) -> th.Tensor:
+    """
+    Loss of the entropy coefficient (Haarnoja et al. 2018, arXiv:1812.05905, eq. 18, with log alpha in place of alpha).
+
+        J = -mean log alpha (log pi(a|s) + H)
+
+    Descending it lowers alpha where the policy's entropy is above H and raises it below. Its gradient with respect to log
+    alpha is the paper's divided by alpha.
+
+    :param log_ent_coef: ``(1,)`` log alpha
+    :param log_prob: ``(B, 1)`` log-density of the policy's actions, without gradient
+    :param target_entropy: H, in nats
+    :return: scalar
+    """
+    return -(log_ent_coef * (log_prob + target_entropy)).mean()

@@ -8,8 +8,10 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 import sb3_ac_ext
+from sb3_ac_ext.ddpgx import DDPGX
+from sb3_ac_ext.sacx import SACX
 from sb3_ac_ext.td3x import TD3X
-from sb3_ac_ext.zoo.samplers import convert_td3x, sample_td3x
+from sb3_ac_ext.zoo.samplers import convert_ddpgx, convert_sacx, convert_td3x, sample_ddpgx, sample_sacx, sample_td3x
 
 Sampler = Callable[..., dict[str, Any]]
 Converter = Callable[[dict[str, Any]], dict[str, Any]]
@@ -51,4 +53,8 @@ class AlgoSpec:
         return data_dir("hyperparams") / f"{self.name}.yml"
 
 
-ALGORITHMS: tuple[AlgoSpec, ...] = (AlgoSpec(TD3X, sample_td3x, convert_td3x),)
+ALGORITHMS: tuple[AlgoSpec, ...] = (
+    AlgoSpec(TD3X, sample_td3x, convert_td3x),
+    AlgoSpec(DDPGX, sample_ddpgx, convert_ddpgx),
+    AlgoSpec(SACX, sample_sacx, convert_sacx),
+)

@@ -48,11 +48,100 @@ def convert_td3x(params: dict[str, Any]) -> dict[str, Any]:
     return convert_off_policy(params)
 
 
+def sample_ddpgx(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    The Zoo's space for DDPG, which is that of TD3, and DDPGX's own options.
+
+    :param trial: the trial that chooses
+    :param n_actions: size of an action
+    :param n_envs: number of environments; the update-to-data ratio is that of the Zoo's DDPG
+    :param additional_args: ``using_her_replay_buffer`` and ``her_kwargs``, the file's arguments of that buffer
+    :return: constructor arguments
+    """
+    from rl_zoo3.hyperparams_opt import sample_td3_params
+
+    action_noise = sample_td3_params(trial, n_actions, n_envs, additional_args).get("action_noise")
+    suggest_critic_rate(trial)
+    suggest_original_architecture(trial)
+    if additional_args["using_her_replay_buffer"]:
+        keep_her_kwargs(trial, additional_args["her_kwargs"])
+    return with_noise(convert_ddpgx(trial.params), action_noise)
+
+
+def convert_ddpgx(params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param params: what `sample_ddpgx` suggested, as a study stores it
+    :return: the same as a hyperparameter file's values
+    """
+    hyperparams = convert_off_policy(params)
+    for name in ("action_layer", "batch_norm", "final_layer_init"):
+        hyperparams["policy_kwargs"][name] = hyperparams.pop(name)
+    return {**hyperparams, "parameter_noise": None}
+
+
+def sample_sacx(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    The Zoo's space for SAC and SACX's own options.
+
+    :param trial: the trial that chooses
+    :param n_actions: size of an action
+    :param n_envs: number of environments; the update-to-data ratio is that of the Zoo's SAC
+    :param additional_args: ``using_her_replay_buffer`` and ``her_kwargs``, the file's arguments of that buffer
+    :return: constructor arguments
+    """
+    from rl_zoo3.hyperparams_opt import sample_sac_params
+
+    sample_sac_params(trial, n_actions, n_envs, additional_args)
+    suggest_critic(trial)
+    suggest_soft_policy(trial)
+    if additional_args["using_her_replay_buffer"]:
+        keep_her_kwargs(trial, additional_args["her_kwargs"])
+    return convert_sacx(trial.params)
+
+
+def convert_sacx(params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param params: what `sample_sacx` suggested, as a study stores it
+    :return: the same as a hyperparameter file's values
+    """
+    hyperparams = convert_off_policy(params)
+    rate = hyperparams.pop("critic_learning_rate")
+    ent_coef_ratio = hyperparams.pop("ent_coef_rate_ratio", None)
+    hyperparams.update(
+        q_a_learning_rate=rate,
+        q_b_learning_rate=rate,
+        value_learning_rate=rate if hyperparams["value_network"] else None,
+        ent_coef_learning_rate=None if ent_coef_ratio is None else ent_coef_ratio * hyperparams["learning_rate"],
+    )
+    return hyperparams
+
+
+def suggest_soft_policy(trial: optuna.Trial) -> None:
+    """What SACX has beyond SB3's SAC: alpha, its rate relative to the actor's where it is learned, V, the exact density."""
+    if trial.suggest_categorical("ent_coef", ["auto", "auto_0.1", 0.1, 0.01]) in ("auto", "auto_0.1"):
+        trial.suggest_float("ent_coef_rate_ratio", 0.1, 10.0, log=True)
+    trial.suggest_categorical("value_network", [False, True])
+    trial.suggest_categorical("exact_log_prob", [False, True])
+
+
+def suggest_original_architecture(trial: optuna.Trial) -> None:
+    """What the paper's DDPG has beyond SB3's; every network of the Zoo's has the two hidden layers that this needs."""
+    trial.suggest_categorical("action_layer", [0, 1])
+    trial.suggest_categorical("batch_norm", [False, True])
+    trial.suggest_categorical("final_layer_init", [None, 3e-3])
+    trial.suggest_categorical("critic_weight_decay", [0.0, 1e-4, 1e-3, 1e-2])
+
+
 def suggest_critic(trial: optuna.Trial) -> None:
-    """Options of a critic with its own rate: that rate relative to the actor's, gradient clipping, layer normalisation."""
+    """Options of a critic with its own rate: those of `suggest_critic_rate` and layer normalisation."""
+    suggest_critic_rate(trial)
+    trial.suggest_categorical("critic_layer_norm", [False, True])
+
+
+def suggest_critic_rate(trial: optuna.Trial) -> None:
+    """The critic's rate relative to the actor's, and gradient clipping."""
     rate_ratio = trial.suggest_float("critic_rate_ratio", 0.5, 10.0, log=True)
     trial.suggest_categorical("max_grad_norm", [None, 0.5, 1.0, 10.0])
-    trial.suggest_categorical("critic_layer_norm", [False, True])
     # As the Zoo does for gamma: the value itself, for whoever reads the study
     trial.set_user_attr("critic_learning_rate", rate_ratio * trial.params["learning_rate"])
 
