@@ -15,7 +15,7 @@ from environments import BOX, CONTINUOUS, RandomEnv
 from stable_baselines3.common.logger import Logger
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb3_ac_ext import TD3X
+from sb3_ac_ext import DDPGX, SACX, TD3X
 from sb3_ac_ext.common.capture import WARM_UP, Capture
 from sb3_ac_ext.common.means import TensorMeans
 from sb3_ac_ext.common.typing import Transitions
@@ -69,17 +69,17 @@ class Tape(TorchDispatchMode):
                         place.detach().copy_(value)
 
 
-def make(recorded: bool, **kwargs: Any) -> TD3X:
+def make(recorded: bool, cls: type[TD3X] | type[DDPGX] | type[SACX] = TD3X, **kwargs: Any) -> Any:
     own = {"policy_kwargs": {"net_arch": [16, 16]}, "seed": 0, "learning_starts": 10, "batch_size": 8, "buffer_size": 200}
-    model = TD3X("MlpPolicy", RandomEnv(BOX, CONTINUOUS), **{**own, **kwargs})
+    model: Any = cls("MlpPolicy", RandomEnv(BOX, CONTINUOUS), **{**own, **kwargs})
     model.set_logger(Logger(None, []))
     if recorded:
-        model._capture_obstacle = lambda ordinary: "not flat" if ordinary else None  # type: ignore[method-assign]
+        model._capture_obstacle = lambda ordinary: "not flat" if ordinary else None
         model._capture._recording = Tape
     return model
 
 
-def parameters(model: TD3X) -> th.Tensor:
+def parameters(model: Any) -> th.Tensor:
     return th.cat([value.flatten() for value in model.policy.state_dict().values()]).clone()
 
 
@@ -88,12 +88,24 @@ def no_tapes_yet() -> None:
     Tape.made = 0
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"max_grad_norm": 0.1, "policy_delay": 3}, {"gradient_steps": 4}], ids=str)
-def test_same_results_with_recorded_updates(kwargs: dict[str, Any]) -> None:
-    ours, expected = (make(recorded, **kwargs).learn(60) for recorded in (True, False))
-    assert sum(update.recorded for update in ours._capture._updates.values()) == 2  # with and without the actor
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "recordings"),
+    [
+        (TD3X, {}, 2),  # with and without the actor
+        (TD3X, {"max_grad_norm": 0.1, "policy_delay": 3}, 2),
+        (TD3X, {"gradient_steps": 4}, 2),
+        (DDPGX, {"critic_weight_decay": 0.01, "policy_kwargs": {"net_arch": [16, 16], "action_layer": 1}}, 1),
+        (SACX, {}, 1),
+        (SACX, {"ent_coef": 0.2, "target_update_every": 2}, 2),  # with and without the targets
+        (SACX, {"value_network": True, "exact_log_prob": True}, 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_same_results_with_recorded_updates(cls: Any, kwargs: dict[str, Any], recordings: int) -> None:
+    ours, expected = (make(recorded, cls, **kwargs).learn(60) for recorded in (True, False))
+    assert sum(update.recorded for update in ours._capture._updates.values()) == recordings
     th.testing.assert_close(parameters(ours), parameters(expected), rtol=0, atol=1e-5)
-    states = [model.critic.optimizer.state_dict()["state"] for model in (ours, expected)]
+    states = [model.actor.optimizer.state_dict()["state"] for model in (ours, expected)]
     th.testing.assert_close(*states, rtol=0, atol=1e-4)
     logged = [model.logger.name_to_value for model in (ours, expected)]
     assert logged[0].keys() == logged[1].keys()
@@ -181,7 +193,7 @@ def test_what_cannot_be_recorded_goes_on_one_by_one(monkeypatch: pytest.MonkeyPa
             assert loss.item() == loss.item()
             return loss
 
-        model._actor_loss = fetching  # type: ignore[method-assign]
+        model._actor_loss = fetching
         if recorded:
             with pytest.warns(UserWarning, match="recording failed: a value was fetched from the device"):
                 model.learn(40)

@@ -14,6 +14,8 @@ from sb3_ac_ext.common.fused_mlp import Fused, Places
 STATE = ("step", "exp_avg", "exp_avg_sq")
 """The names in Adam's state of a parameter."""
 MOMENTS = STATE[1:]
+FEW = 1000
+"""So many gradients may always be copied to the flat tensor."""
 
 
 def parameters_of(optimizer: th.optim.Optimizer) -> list[nn.Parameter]:
@@ -176,7 +178,8 @@ class FlatAdam(Descent):
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             return "a hook on the optimizer"
         inside = sum(parameter.numel() for module in fused for parameter in module.parameters())
-        if 2 * inside <= sum(parameter.numel() for parameter in group["params"]):
+        outside = sum(parameter.numel() for parameter in group["params"]) - inside
+        if outside > max(inside, FEW):
             return "most parameters are outside of fused layers"
         if not all(parameter.requires_grad for parameter in group["params"]):
             return "frozen parameters"
