@@ -365,7 +365,7 @@ def test_what_is_normalised(action_layer: int, sizes: list[int]) -> None:
 
 
 def test_normalised_networks_by_hand() -> None:
-    """The statistics of the batch in the actor; the running ones in the targets and in the critic, in its loss with the batch."""
+    """The actor on the statistics of its batch, critic and targets on the running ones, which the critic's loss updates."""
     model = make(policy_kwargs=NORMED)
     update(model, *[single() for _ in range(3)])
     model.policy.set_training_mode(True)
