@@ -3,64 +3,36 @@
 from typing import Any
 
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
-from stable_baselines3.common.policies import BaseModel
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.sac.policies import Actor, SACPolicy
 from torch import nn
 
-from sb3_ac_ext.common.critics import TwinStreamCritic
+from sb3_ac_ext.common.critics import FeaturesModel, TwinStreamCritic
 from sb3_ac_ext.common.fused_mlp import FusedLinear, FusedMLP
 from sb3_ac_ext.common.policies import ForDicts, ForImages, TwinStreamPolicy
 from sb3_ac_ext.functional.gaussian import squashed_gaussian
 
 
-class ValueNetwork(BaseModel):
+class ValueNetwork(FeaturesModel):
     """
     V(s), an MLP on features (Haarnoja et al. 2018, arXiv:1801.01290).
 
-    :param observation_space: Observation space
-    :param action_space: Action space
-    :param net_arch: hidden layers
-    :param features_extractor: from observations to features
-    :param features_dim: number of features
-    :param activation_fn: activation function
-    :param normalize_images: whether images are divided by 255
-    :param share_features_extractor: whether the extractor is the actor's; then it learns from the actor's loss alone
-    :param layer_norm: whether each hidden layer is normalised before its activation
+    :param layer_norm: whether each hidden layer is normalised
+    :param kwargs: `FeaturesModel`'s arguments
     """
 
-    features_extractor: BaseFeaturesExtractor
-
-    def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Box,
-        net_arch: list[int],
-        features_extractor: BaseFeaturesExtractor,
-        features_dim: int,
-        activation_fn: type[nn.Module] = nn.ReLU,
-        normalize_images: bool = True,
-        share_features_extractor: bool = False,
-        layer_norm: bool = False,
-    ) -> None:
-        super().__init__(
-            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
-        )
-        self.share_features_extractor = share_features_extractor
-        norms: list[type[nn.Module]] = [nn.LayerNorm] if layer_norm else []
-        self.vf = FusedMLP(*create_mlp(features_dim, 1, net_arch, activation_fn, post_linear_modules=norms))
+    def __init__(self, *, layer_norm: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.vf = self.mlp(self.features_dim, layer_norm)
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
         """
         :param obs: ``(B, ...)`` observations
         :return: ``(B, 1)`` V
         """
-        with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
-            features = self.extract_features(obs, self.features_extractor)
-        value: th.Tensor = self.vf(features)
+        value: th.Tensor = self.vf(self.features(obs))
         return value
 
 
