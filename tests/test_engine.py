@@ -22,6 +22,7 @@ from sb3_ac_ext import TD3X
 from sb3_ac_ext.common import matmul, replay
 from sb3_ac_ext.common.descent import Descent, FlatAdam, backward
 from sb3_ac_ext.common.fused_mlp import FusedLinear, FusedMLP
+from sb3_ac_ext.common.workspace import Workspace
 
 SMALL: dict[str, Any] = {"net_arch": [16, 16]}
 
@@ -295,6 +296,20 @@ def test_workspace_is_used_again_and_stays_small() -> None:
     model.train(gradient_steps=10, batch_size=8)
     assert held() == before
     assert 0 < before <= 16 * 8 * 16  # at most 16 intermediate results of 8 rows and 16 columns
+
+
+def test_a_context_within_another_gives_back_its_own_alone() -> None:
+    workspace, like = Workspace(), th.zeros(1)
+    with workspace.lend():
+        outer = workspace.take((2, 3), like)
+        with workspace.lend():
+            inner = workspace.take((2, 3), like)
+            workspace.give(outer)  # belongs to the other context
+        again = workspace.take((2, 3), like)
+        assert again is inner
+        assert again is not outer
+    with workspace.lend():
+        assert {id(workspace.take((2, 3), like)) for _ in range(2)} == {id(outer), id(inner)}
 
 
 # Replay

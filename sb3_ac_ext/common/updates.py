@@ -142,10 +142,15 @@ class UpdateMixin(BaseAlgorithm):
         :param batch: the batch
         :param options: further arguments
         """
+
+        def run(batch: Transitions) -> None:
+            with self._workspace.lend() if self.engine else nullcontext():
+                update(batch, *options)
+
         if self._records:
-            self._capture.run((update.__name__, options), lambda static: update(static, *options), batch)
+            self._capture.run((update.__name__, options), run, batch)
         else:
-            update(batch, *options)
+            run(batch)
 
     def _descend(
         self, network: str | tuple[str, ...], loss_of: Callable[[Batch], th.Tensor], batch: Batch, name: str | None = None

@@ -34,16 +34,18 @@ class Workspace:
         """
         The fused layers of this thread compute in the workspace until the context ends.
 
-        A graph that is made here must be run backward here, once; nothing of it may be kept but its scalars.
+        A graph that is made here must be run backward here, once; nothing of it may be kept but its scalars. A context within
+        another gives back what was taken in it.
         """
-        previous = current()
-        _lending.workspace = self
+        previous, outer = current(), self._taken
+        _lending.workspace, self._taken = self, {}
         try:
             yield
         finally:
             _lending.workspace = previous
             for tensor in list(self._taken.values()):
                 self.give(tensor)
+            self._taken = outer
 
     def take(self, shape: tuple[int, ...], like: th.Tensor) -> th.Tensor:
         """
