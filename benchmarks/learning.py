@@ -91,7 +91,46 @@ def curve(run: Path) -> dict[str, list[float]]:
     return {"timesteps": data["timesteps"].tolist(), "returns": data["results"].mean(axis=1).tolist()}
 
 
-def study(env_id: str, algos: list[str], seeds: list[int], folder: Path, options: list[str], jobs: int) -> dict[str, Any]:
+def interquartile_mean(values: list[float]) -> float:
+    """
+    :param values: returns
+    :return: mean of their middle half (Agarwal et al. 2021, arXiv:2108.13264), what falls on its borders in part
+    """
+    ordered = np.sort(values)
+    edges = np.arange(len(ordered) + 1) / len(ordered)
+    inside = np.clip(edges[1:], 0.25, 0.75) - np.clip(edges[:-1], 0.25, 0.75)
+    return float(np.average(ordered, weights=inside))
+
+
+def reached(run: dict[str, Any], goal: float) -> float | None:
+    """
+    :param run: with its curve
+    :param goal: a return
+    :return: environment steps of the first evaluation with that mean return; None if there was none
+    """
+    steps = (step for step, value in zip(run["timesteps"], run["returns"], strict=True) if value >= goal)
+    return next(steps, None)
+
+
+def summary(runs: list[dict[str, Any]], algos: list[str], goal: float | None) -> dict[str, Any]:
+    """
+    :param runs: of a study
+    :param algos: the algorithms in it
+    :param goal: a return, or None
+    :return: for each algorithm the median over seeds, the interquartile mean over all final episodes, steps to the goal
+    """
+    by_algo = {algo: [run for run in runs if run["algo"] == algo] for algo in algos}
+    medians = {algo: float(np.median([run["mean"] for run in own])) for algo, own in by_algo.items()}
+    means = {algo: interquartile_mean([r for run in own for r in run["final"]]) for algo, own in by_algo.items()}
+    result: dict[str, Any] = {"medians": medians, "interquartile_means": means}
+    if goal is not None:
+        result |= {"goal": goal, "steps_to_goal": {algo: [reached(run, goal) for run in own] for algo, own in by_algo.items()}}
+    return result
+
+
+def study(
+    env_id: str, algos: list[str], seeds: list[int], folder: Path, options: list[str], jobs: int, goal: float | None = None
+) -> dict[str, Any]:
     """
     :param env_id: environment
     :param algos: the Zoo's names
@@ -99,6 +138,7 @@ def study(env_id: str, algos: list[str], seeds: list[int], folder: Path, options
     :param folder: where the runs are, or will be
     :param options: further options of ``rl_zoo3.train``
     :param jobs: runs at the same time, one thread each
+    :param goal: a return whose first evaluation is noted
     :return: everything that is recorded
     """
     plan = [(algo, seed) for seed in seeds for algo in algos]
@@ -113,14 +153,13 @@ def study(env_id: str, algos: list[str], seeds: list[int], folder: Path, options
             {"algo": algo, "seed": seed, "final": returns, "mean": float(np.mean(returns)), "seconds": wall, **curve(run)}
         )
         print(f"{algo} seed {seed}: {np.mean(returns):.1f} +- {np.std(returns):.1f}")
-    medians = {algo: float(np.median([run["mean"] for run in runs if run["algo"] == algo])) for algo in algos}
     return {
         "env": env_id,
         "options": options,
         "jobs": jobs,
         "evaluation_seeds": list(EVALUATION_SEEDS),
         "random": float(np.mean(evaluate("random", env_id, folder))),
-        "medians": medians,
+        **summary(runs, algos, goal),
         "runs": runs,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "versions": {name: version(name) for name in PACKAGES},
@@ -163,15 +202,17 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, required=True)
     parser.add_argument("--folder", type=Path, help="of the runs (logs/<name>)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--goal", type=float, help="a return; the steps to the first evaluation with it are recorded")
     args, options = parser.parse_known_args()
     if args.env not in gym.registry:
         parser.error(f"--env {args.env} is not registered with Gymnasium")
     folder = args.folder or Path("logs") / args.name
-    result = study(args.env, args.algos, args.seeds, folder, options, args.jobs)
+    result = study(args.env, args.algos, args.seeds, folder, options, args.jobs, args.goal)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(result, RESULTS / f"{args.name}.png")
-    print("median over seeds:", result["medians"], "random:", round(result["random"], 1))
+    shown = ("medians", "interquartile_means", "steps_to_goal", "random")
+    print("\n".join(f"{key}: {result[key]}" for key in shown if key in result))
 
 
 if __name__ == "__main__":
