@@ -9,7 +9,7 @@ import torch as th
 from environments import BOX, CONTINUOUS, RandomEnv
 from torch import nn
 
-from sb3_ac_ext import TD3X
+from sb3_ac_ext import SACX, TD3X
 from sb3_ac_ext.common import matmul
 from sb3_ac_ext.common.descent import bind
 from sb3_ac_ext.common.fused_mlp import FusedMLP
@@ -152,9 +152,12 @@ def test_order_in_memory_matters() -> None:
 
 
 @pytest.mark.parametrize("engine", [True, False])
-def test_streams_of_a_trained_critic_run_as_one(engine: bool) -> None:
+@pytest.mark.parametrize("cls", [TD3X, SACX])
+def test_streams_of_a_critic_run_as_one(cls: Any, engine: bool) -> None:
     own = {"policy_kwargs": {"net_arch": [16, 16]}, "learning_starts": 10, "batch_size": 8, "engine": engine}
-    model = TD3X("MlpPolicy", RandomEnv(BOX, CONTINUOUS), **own).learn(20)
+    model = cls("MlpPolicy", RandomEnv(BOX, CONTINUOUS), **own)
+    assert (Stack.of((model.critic.qf0, model.critic.qf1)) is not None) == engine
+    model.learn(20)
     for critic in (model.critic, model.critic_target):
         assert (Stack.of((critic.qf0, critic.qf1)) is not None) == engine
     copied = copy.deepcopy(model.critic)

@@ -11,6 +11,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
+from sb3_ac_ext.common.descent import bind
 from sb3_ac_ext.common.fused_mlp import FusedMLP
 from sb3_ac_ext.common.stacked_mlps import side_by_side
 from sb3_ac_ext.common.validation import check_number
@@ -84,6 +85,10 @@ class TwinStreamCritic(FeaturesModel):
         inputs = self.features_dim + get_action_dim(self.action_space)
         self.qf0 = self.mlp(inputs, layer_norm)
         self.qf1 = self.mlp(inputs, layer_norm)
+
+    def lay_out(self) -> None:
+        """Put the streams' parameters one after another in memory, where they can run as one."""
+        bind([*self.qf0.parameters(), *self.qf1.parameters()])
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """

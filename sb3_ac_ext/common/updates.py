@@ -9,6 +9,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_ac_ext.common.capture import Capture
+from sb3_ac_ext.common.critics import TwinStreamCritic
 from sb3_ac_ext.common.descent import Average, Descent, FlatAdam, backward, constant, parameters_of
 from sb3_ac_ext.common.fused_mlp import Fused
 from sb3_ac_ext.common.means import TensorMeans
@@ -68,6 +69,8 @@ class UpdateMixin(BaseAlgorithm):
         for module in self.policy.modules():
             if isinstance(module, Fused):
                 module.fused = self.engine
+            if isinstance(module, TwinStreamCritic) and self.engine:
+                module.lay_out()
         self._descents = {}
         self._others = {}
         self._averages = {name: Average(getattr(self, f"{name}_target")) for name in names if hasattr(self, f"{name}_target")}
