@@ -91,6 +91,23 @@ def curve(run: Path) -> dict[str, list[float]]:
     return {"timesteps": data["timesteps"].tolist(), "returns": data["results"].mean(axis=1).tolist()}
 
 
+def last_logged(log: Path) -> dict[str, float]:
+    """
+    :param log: what a run printed
+    :return: the last value of everything that it logged under ``train/``
+    """
+    values: dict[str, float] = {}
+    section = ""
+    for line in log.read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) != 2:
+            continue
+        section = cells[0] if cells[0].endswith("/") else section
+        if section == "train/" and cells[1]:
+            values[cells[0]] = float(cells[1])
+    return values
+
+
 def interquartile_mean(values: list[float]) -> float:
     """
     :param values: returns
@@ -149,8 +166,10 @@ def study(
         returns = evaluate(algo, env_id, run)
         seconds = run / "seconds"
         wall = int(seconds.read_text()) if seconds.is_file() else None
+        logged = last_logged(folder / f"seed{seed}" / f"{algo}.log")
+        mean = float(np.mean(returns))
         runs.append(
-            {"algo": algo, "seed": seed, "final": returns, "mean": float(np.mean(returns)), "seconds": wall, **curve(run)}
+            {"algo": algo, "seed": seed, "final": returns, "mean": mean, "seconds": wall, "logged": logged, **curve(run)}
         )
         print(f"{algo} seed {seed}: {np.mean(returns):.1f} +- {np.std(returns):.1f}")
     return {
