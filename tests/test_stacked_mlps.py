@@ -42,12 +42,12 @@ def names(outputs: tuple[th.Tensor, ...]) -> set[str]:
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU], ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("squash", [False, True], ids=["open end", "activation last"])
 @pytest.mark.parametrize(("number", "rows"), [(2, 6), (2, 1), (4, 12)])
-@pytest.mark.parametrize("used", ["all", "first", "last"])
+@pytest.mark.parametrize("used", ["all", "first", "last", "every third"])
 def test_equal_each_by_itself(activation: type[nn.Module], squash: bool, number: int, rows: int, used: str) -> None:
     networks = mlps(number, activation=activation, squash=squash)
     x = th.randn(rows, 5, requires_grad=True)
     everything = [x, *(parameter for mlp in networks for parameter in mlp.parameters())]
-    chosen = {"all": slice(None), "first": slice(1), "last": slice(-1, None)}[used]
+    chosen = {"all": slice(None), "first": slice(1), "last": slice(-1, None), "every third": slice(None, None, 3)}[used]
     results = []
     for outputs in (side_by_side(networks, x), tuple(mlp(x) for mlp in networks)):
         loss = sum(((k + 1) * output.sin()).sum() for k, output in enumerate(outputs[chosen]))
@@ -145,10 +145,20 @@ def test_stale_views_are_not_used() -> None:
         th.testing.assert_close(output, mlp(x))
 
 
-def test_order_in_memory_matters() -> None:
-    first, second = mlps()
-    assert stacked([first[0].weight, second[0].weight]) is not None
-    assert stacked([second[0].weight, first[0].weight]) is None
+def test_one_view_of_several_tensors() -> None:
+    memory = th.arange(40.0)
+
+    def parts(*offsets: int) -> list[th.Tensor]:
+        return [memory[offset : offset + 6].view(2, 3) for offset in offsets]
+
+    view = stacked(parts(0, 10, 20))
+    assert view is not None
+    assert th.equal(view, th.stack(parts(0, 10, 20)))
+    assert stacked(parts(0, 10, 19)) is None  # not at equal distances
+    assert stacked(parts(10, 0)) is None  # views cannot go backward
+    assert stacked([parts(0)[0], memory.clone()[10:16].view(2, 3)]) is None  # in another piece of memory
+    assert stacked([parts(0)[0], memory[10:16].view(3, 2).t()]) is None  # not in the same order
+    assert stacked([parts(0)[0], memory[10:14].view(2, 2)]) is None
 
 
 @pytest.mark.parametrize("engine", [True, False])
