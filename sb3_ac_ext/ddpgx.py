@@ -32,7 +32,7 @@ from sb3_ac_ext.common.off_policy import OffPolicyMixin
 from sb3_ac_ext.common.parameter_noise import ParameterNoise, PerturbedActors, action_distance
 from sb3_ac_ext.common.policies import DeterministicPolicy, ForDicts, ForImages
 from sb3_ac_ext.common.typing import OffPolicyKwargs, Transitions
-from sb3_ac_ext.common.validation import check_number
+from sb3_ac_ext.common.validation import check_number, check_switch
 from sb3_ac_ext.functional.losses import td_target
 
 
@@ -72,8 +72,7 @@ class MlpPolicy(DeterministicPolicy):
     ) -> None:
         if n_critics != 1:
             raise ValueError(f"n_critics must be 1, got {n_critics}")
-        if not isinstance(batch_norm, bool):
-            raise TypeError(f"batch_norm must be True or False, got {batch_norm!r} of type {type(batch_norm).__name__}")
+        check_switch("batch_norm", batch_norm)
         if final_layer_init is not None:
             check_number("final_layer_init", final_layer_init, low=0)
         self.action_layer = action_layer

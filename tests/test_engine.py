@@ -154,6 +154,41 @@ def test_weight_decay_and_betas_are_adams() -> None:
     th.testing.assert_close(*results, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9)], ids=str)
+def test_moments_of_dead_weights_never_become_subnormal(betas: tuple[float, float]) -> None:
+    """A weight whose gradient is 0 from some step on; without the flush its moments stay subnormal for ever."""
+    th.manual_seed(0)
+    networks = [FusedMLP(nn.Linear(2, 3)) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    optimizers = [th.optim.Adam(network.parameters(), lr=1e-2, betas=betas) for network in networks]
+    descents = [FlatAdam(optimizer, [network]) for optimizer, network in zip(optimizers, networks, strict=True)]
+    descents[1]._flush = lambda eps: None  # type: ignore[method-assign]
+    smallest = th.finfo(th.float32).smallest_normal
+    subnormal = [0, 0]
+    for step in range(1100):
+        x = th.tensor([[1.0, 1e-3 * (step < 5)]])
+        for i, (network, descent) in enumerate(zip(networks, descents, strict=True)):
+            backward(network(x).pow(2).sum(), [descent])
+            descent.step()
+            for state in optimizers[i].state.values():
+                for moment in (state["exp_avg"], state["exp_avg_sq"]):
+                    subnormal[i] += int(((moment != 0) & (moment.abs() < smallest)).sum())
+    assert subnormal[0] == 0
+    assert subnormal[1] > 0
+    for value, expected in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        assert th.equal(value, expected)
+
+
+def test_moments_are_kept_where_eps_could_show_them() -> None:
+    network = FusedMLP(nn.Linear(2, 3))
+    descent = FlatAdam(th.optim.Adam(network.parameters(), eps=1e-20), [network])
+    descent.moments[0].values.fill_(1e-33)
+    descent._flush(1e-20)
+    assert (descent.moments[0].values > 0).all()
+    descent._flush(1e-8)
+    assert (descent.moments[0].values == 0).all()
+
+
 @pytest.mark.parametrize("uses", ["both streams twice", "one stream"])
 def test_losses_that_use_a_network_twice_or_in_part(uses: str) -> None:
     results = []

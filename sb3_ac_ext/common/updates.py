@@ -15,7 +15,7 @@ from sb3_ac_ext.common.fused_mlp import Fused
 from sb3_ac_ext.common.means import TensorMeans
 from sb3_ac_ext.common.schedules import as_schedule
 from sb3_ac_ext.common.typing import Transitions, constructor_keys
-from sb3_ac_ext.common.validation import NonFiniteError, check_mapping, check_number
+from sb3_ac_ext.common.validation import NonFiniteError, check_mapping, check_number, check_switch
 from sb3_ac_ext.common.workspace import Workspace
 
 Batch = TypeVar("Batch")
@@ -52,8 +52,7 @@ class UpdateMixin(BaseAlgorithm):
 
     def _setup_updates(self) -> None:
         """Parse the arguments that belong to single networks; call at the end of `_setup_model`."""
-        if not isinstance(self.engine, bool):
-            raise TypeError(f"engine must be True or False, got {self.engine!r} of type {type(self.engine).__name__}")
+        check_switch("engine", self.engine)
         names = list(self._optimizers())
         rates = {name: getattr(self, f"{name}_learning_rate", None) for name in names}
         self._rates = {name: as_schedule(f"{name}_learning_rate", rate) for name, rate in rates.items() if rate is not None}
@@ -113,7 +112,7 @@ class UpdateMixin(BaseAlgorithm):
         return self._capture.obstacle if self.engine and not ordinary else "not every network is updated flat"
 
     def _fixed(self) -> Hashable:
-        """What a recorded update has read from Python, and the identity of what it writes to."""
+        """What a recorded update has read from Python, and what it writes to."""
         values = tuple(getattr(self, name, None) for name in sorted(constructor_keys(type(self))))
         numbers = tuple(value for value in values if isinstance(value, (int, float, str)))
         written = tuple(descent.fixed() for descent in self._descents.values() if isinstance(descent, FlatAdam))
