@@ -118,7 +118,7 @@ class FusedMLP(Fused, nn.Sequential):
 
     def chain(self) -> list[nn.Module]:
         """See `Fused.chain`."""
-        return list(self)
+        return [*self._modules.values()]
 
 
 class FusedLinear(Fused, nn.Linear):

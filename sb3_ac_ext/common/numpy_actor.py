@@ -112,18 +112,17 @@ class NumpyLayers:
         self._chain = fused.chain()
         self._hooks = [hooks for m in (fused, *self._chain) for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         linear = [module for module in self._chain if isinstance(module, nn.Linear)]
-        places = [(module._parameters, name) for module in linear for name in ("weight", "bias")]
-        self._places = [(parameters, name, _pointer(parameters[name])) for parameters, name in places]
+        self._places = [(m._parameters, name, _pointer(m._parameters[name])) for m in linear for name in ("weight", "bias")]
         activations = {before: ACTIVATIONS.get(type(m)) for before, m in zip(self._chain, self._chain[1:], strict=False)}
         self._layers = [(m.weight.detach().numpy().T, m.bias.detach().numpy(), activations.get(m)) for m in linear]
 
     def is_current(self) -> bool:
         """Whether modules, memory and hooks are still those that there were."""
-        return (
-            self.fused.chain() == self._chain
-            and all(_pointer(parameters[name]) == pointer for parameters, name, pointer in self._places)
-            and not any(self._hooks)
-        )
+        for parameters, name, pointer in self._places:
+            parameter = parameters[name]
+            if parameter is None or parameter.data_ptr() != pointer:
+                return False
+        return self.fused.chain() == self._chain and not any(self._hooks)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """
