@@ -20,7 +20,7 @@ from torch import nn
 
 from sb3_ac_ext import TD3X
 from sb3_ac_ext.common import matmul, replay
-from sb3_ac_ext.common.descent import Descent, FlatAdam, backward
+from sb3_ac_ext.common.descent import Descent, FlatAdam, backward, bind
 from sb3_ac_ext.common.fused_mlp import FusedLinear, FusedMLP
 from sb3_ac_ext.common.workspace import Workspace
 
@@ -221,6 +221,18 @@ def test_parameters_that_were_not_updated_together_keep_their_own_counters() -> 
         model.train(gradient_steps=4, batch_size=8)
     assert not isinstance(models[0]._descents["critic"], FlatAdam)
     th.testing.assert_close(parameters(models[0]), parameters(models[1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("offsets", [(0, 6), (6, 0), (0, 7)], ids=["one after another", "other order", "gap"])
+def test_binding_moves_only_what_does_not_lie_in_order(offsets: tuple[int, int]) -> None:
+    memory = th.arange(20.0)
+    parameters = [nn.Parameter(memory[offset : offset + 6].view(2, 3)) for offset in offsets]
+    expected = th.cat([parameter.detach().flatten() for parameter in parameters])
+    flat = bind(parameters)
+    assert th.equal(flat.values, expected)
+    assert (flat.values.data_ptr() == memory.data_ptr()) == (offsets == (0, 6))
+    flat.values += 1
+    assert th.equal(th.cat([parameter.detach().flatten() for parameter in parameters]), expected + 1)
 
 
 class Mixed(nn.Module):
