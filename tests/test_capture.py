@@ -220,3 +220,13 @@ def test_dicts_of_observations_are_copied() -> None:
     assert len({tensor.data_ptr() for tensor in seen}) == 1
     assert means.read() == {"a": pytest.approx(2 * sum(range(WARM_UP + 3)) / (WARM_UP + 3))}
     assert means.read() == {}
+
+
+def test_means_start_again_when_they_are_read() -> None:
+    means = TensorMeans()
+    for values in ((1.0, 2.0, 6.0), (10.0,)):
+        for value in values:
+            means.add("a", th.tensor(value))
+        means.add("b", th.tensor(-1.0))
+        assert means.read() == {"a": sum(values) / len(values), "b": -1.0}
+    assert means.read() == {}
