@@ -184,7 +184,7 @@ class Sbx:
 
 def serve_sbx(cls: str, values: dict[str, Any], task: Task) -> None:
     """The other side of `Sbx`: a block for each line of the standard input."""
-    import sbx  # type: ignore[import-not-found]
+    import sbx  # type: ignore[import-not-found]  # it is in the other environment
 
     threads = int(os.environ["OMP_NUM_THREADS"])  # XLA has no such setting, it takes the processors that it may use
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])

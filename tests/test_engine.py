@@ -20,7 +20,8 @@ from torch import nn
 
 from sb3_ac_ext import TD3X
 from sb3_ac_ext.common import matmul, replay
-from sb3_ac_ext.common.descent import Descent, FlatAdam, backward, bind
+from sb3_ac_ext.common.descent import Descent, FlatAdam, backward
+from sb3_ac_ext.common.flat_tensor import bind
 from sb3_ac_ext.common.fused_mlp import FusedLinear, FusedMLP
 from sb3_ac_ext.common.workspace import Workspace
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from sb3_ac_ext import SACX, TD3X
 from sb3_ac_ext.common import matmul
-from sb3_ac_ext.common.descent import bind
+from sb3_ac_ext.common.flat_tensor import bind
 from sb3_ac_ext.common.fused_mlp import FusedMLP
 from sb3_ac_ext.common.stacked_mlps import Stack, side_by_side, stacked
 

@@ -11,7 +11,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
-from sb3_ac_ext.common.descent import bind
+from sb3_ac_ext.common.flat_tensor import bind
 from sb3_ac_ext.common.fused_mlp import FusedMLP
 from sb3_ac_ext.common.stacked_mlps import side_by_side
 from sb3_ac_ext.common.validation import check_number

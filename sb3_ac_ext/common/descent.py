@@ -3,6 +3,7 @@
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 
 import torch as th
 from stable_baselines3.common.utils import polyak_update, update_learning_rate
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.adam import adam
 
+from sb3_ac_ext.common.flat_tensor import FlatTensor, bind
 from sb3_ac_ext.common.fused_mlp import Fused, Places
 
 STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -45,50 +47,6 @@ def constant(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-
-
-class FlatTensor:
-    """
-    One tensor that several others are views of, in their order.
-
-    :param tensors: of one type and device; `bind` gives them their place
-    :param values: where they lie one after another already, if they do
-    """
-
-    def __init__(self, tensors: Sequence[th.Tensor], values: th.Tensor | None = None) -> None:
-        self.values = th.cat([tensor.detach().reshape(-1) for tensor in tensors]) if values is None else values
-        sizes = [tensor.numel() for tensor in tensors]
-        parts = th.split(self.values, sizes)
-        self.views = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
-        self._pointers = [view.data_ptr() for view in self.views]
-
-    def holds(self, tensors: Iterable[th.Tensor]) -> bool:
-        """Whether ``tensors`` are still the views: nobody has given them memory of their own."""
-        return all(t.data_ptr() == pointer for t, pointer in zip(tensors, self._pointers, strict=True))
-
-
-def _adjacent(tensors: Sequence[th.Tensor]) -> th.Tensor | None:
-    """One flat view of tensors that lie one after another in one piece of memory; None if they do not."""
-    first = tensors[0]
-    storage, end = first.untyped_storage().data_ptr(), first.storage_offset()
-    for tensor in tensors:
-        if tensor.untyped_storage().data_ptr() != storage or tensor.storage_offset() != end or not tensor.is_contiguous():
-            return None
-        end += tensor.numel()
-    return first.detach().as_strided((end - first.storage_offset(),), (1,), first.storage_offset())
-
-
-def bind(parameters: Sequence[nn.Parameter]) -> FlatTensor:
-    """
-    Move parameters into one flat tensor, unless they lie in one already; they stay the objects they are.
-
-    :param parameters: of one network
-    :return: what they are views of
-    """
-    flat = FlatTensor(parameters, _adjacent(parameters))
-    for parameter, view in zip(parameters, flat.views, strict=True):
-        parameter.data = view
-    return flat
 
 
 class Descent:
@@ -305,15 +263,8 @@ class FlatAdam(Descent):
         )
         self.counts.values[1:] = self.counts.values[0]
         self.steps += 1
-        if self.steps % self._flush_every(group["betas"]) == 0:
+        if self.steps % _flush_every(*group["betas"]) == 0:
             self._flush(group["eps"])
-
-    @staticmethod
-    def _flush_every(betas: tuple[float, float]) -> int:
-        """Steps in which a moment that is not `VANISHED` cannot decay into the subnormal numbers."""
-        smallest = th.finfo(th.float32).smallest_normal
-        steps = [math.log(smallest / least) / math.log(beta) for least, beta in zip(VANISHED, betas, strict=True) if beta > 0]
-        return max(int(min(steps, default=1e6)), 1)
 
     def _flush(self, eps: float) -> None:
         """
@@ -329,6 +280,14 @@ class FlatAdam(Descent):
     def norm(self) -> th.Tensor:
         """See `Descent.norm`."""
         return get_total_norm([self.flat.values])
+
+
+@cache
+def _flush_every(*betas: float) -> int:
+    """Steps in which a moment that is not `VANISHED` cannot decay into the subnormal numbers."""
+    smallest = th.finfo(th.float32).smallest_normal
+    steps = [math.log(smallest / least) / math.log(beta) for least, beta in zip(VANISHED, betas, strict=True) if beta > 0]
+    return max(int(min(steps, default=1e6)), 1)
 
 
 class Average:

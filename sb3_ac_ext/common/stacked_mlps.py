@@ -26,7 +26,7 @@ def side_by_side(mlps: Sequence[FusedMLP], x: th.Tensor) -> tuple[th.Tensor, ...
         return tuple(mlp(x) for mlp in mlps)
     if th.is_grad_enabled():
         every = [parameter for layers in stack.layers for parameter in layers.parameters()]
-        outputs: tuple[th.Tensor, ...] = _StackNode.apply(stack, x, *every)  # type: ignore[no-untyped-call]  # as torch's
+        outputs: tuple[th.Tensor, ...] = _StackNode.apply(stack, x, *every)  # type: ignore[no-untyped-call]  # torch's
         return outputs
     return run(stack.layers[0].plan, stack.repeat(x), stack.parameters)[-1].unbind()
 
@@ -52,12 +52,12 @@ class Stack:
         if known is not None and known.layers == layers and known._pointers == _pointers(known.layers):
             return known
         stack = None
-        if all(one is not None and one.plan == layers[0].plan for one in layers):  # type: ignore[union-attr]
-            found: list[Layers] = layers  # type: ignore[assignment]
+        found = [one for one in layers if one is not None]
+        if len(found) == len(layers) and all(one.plan == found[0].plan for one in found):
             views = [stacked(tensors) for tensors in zip(*(one.parameters() for one in found), strict=True)]
-            parameters = [view if view is None or view.dim() == 3 else view.unsqueeze(1) for view in views]
-            if None not in parameters:
-                stack = Stack(mlps, found, parameters)  # type: ignore[arg-type]
+            parameters = [view if view.dim() == 3 else view.unsqueeze(1) for view in views if view is not None]
+            if len(parameters) == len(views):
+                stack = Stack(mlps, found, parameters)
         mlps[0].__dict__["_known_stack"] = stack
         return stack
 
