@@ -3,13 +3,13 @@ Returns and advantages of rollouts, all on one backward recursion. T is the numb
 
 A step ends its episode if it terminates or truncates it. Both cut every sum; a terminated episode is worth 0 from there on,
 a truncated one what its last observation is worth. So ``next_value`` is V of the observation that the step led to: of the
-episode's last one where it ended, not of the next episode's first.
+episode's last one where it ended, not of the next episode's first. Tensors and numpy arrays are taken alike.
 """
 
-import torch as th
+from sb3_ac_ext.functional.arrays import Array, namespace
 
 
-def reverse_scan(delta: th.Tensor, decay: th.Tensor) -> th.Tensor:
+def reverse_scan(delta: Array, decay: Array) -> Array:
     """
     x[t] = delta[t] + decay[t] * x[t + 1], with x[T] = 0.
 
@@ -17,17 +17,33 @@ def reverse_scan(delta: th.Tensor, decay: th.Tensor) -> th.Tensor:
     :param decay: ``(T, N)`` what is kept of the sum behind it
     :return: ``(T, N)`` the sums
     """
-    total = th.zeros_like(delta[0])
+    total = 0 * delta[0]
     rows = []
-    for own, kept in zip(reversed(delta.unbind()), reversed(decay.unbind()), strict=True):
+    for own, kept in zip(reversed(list(delta)), reversed(list(decay)), strict=True):
         total = own + kept * total
         rows.append(total)
-    return th.stack(rows[::-1])
+    return namespace(delta).stack(rows[::-1])
 
 
-def monte_carlo_returns(
-    reward: th.Tensor, next_value: th.Tensor, terminated: th.Tensor, truncated: th.Tensor, gamma: float
-) -> th.Tensor:
+def episode_discounts(start: Array, gamma: float) -> Array:
+    """
+    The weight of each step's update in the gradient of the discounted return (Sutton and Barto 2018, section 13.3).
+
+        I_t = gamma^(t - t_start)
+
+    :param start: ``(T, N)`` 1 where the step is its episode's first, as all of the first row are
+    :param gamma: discount factor, in [0, 1]
+    :return: ``(T, N)``
+    """
+    weight = 0 * start[0] + 1
+    rows = [weight]
+    for first in list(start)[1:]:
+        weight = first + (1 - first) * gamma * weight
+        rows.append(weight)
+    return namespace(start).stack(rows)
+
+
+def monte_carlo_returns(reward: Array, next_value: Array, terminated: Array, truncated: Array, gamma: float) -> Array:
     """
     Discounted sums of rewards to the end of the episode, bootstrapped where it was truncated or the data end.
 
@@ -48,9 +64,7 @@ def monte_carlo_returns(
     return reverse_scan(reward + gamma * cut * (1 - terminated) * next_value, gamma * goes_on)
 
 
-def n_step_returns(
-    reward: th.Tensor, next_value: th.Tensor, terminated: th.Tensor, truncated: th.Tensor, gamma: float, n: int
-) -> th.Tensor:
+def n_step_returns(reward: Array, next_value: Array, terminated: Array, truncated: Array, gamma: float, n: int) -> Array:
     """
     Discounted sums of up to n rewards, bootstrapped behind the last of them (Sutton and Barto 2018, eq. 7.1).
 
@@ -66,25 +80,25 @@ def n_step_returns(
     :param n: number of rewards, >= 1
     :return: ``(T, N)`` returns, in reward units
     """
-    goes_on = _goes_on(terminated, truncated)
+    xp, goes_on = namespace(reward), _goes_on(terminated, truncated)
     goes_on[-1] = 0
     one_step = reward + gamma * (1 - terminated) * next_value
     returns = one_step
     for _ in range(n - 1):
-        following = th.cat([returns[1:], returns[-1:]])
-        returns = th.where(goes_on > 0, reward + gamma * following, one_step)
+        following = xp.concatenate([returns[1:], returns[-1:]])
+        returns = xp.where(goes_on > 0, reward + gamma * following, one_step)
     return returns
 
 
 def gae(
-    reward: th.Tensor,
-    value: th.Tensor,
-    next_value: th.Tensor,
-    terminated: th.Tensor,
-    truncated: th.Tensor,
+    reward: Array,
+    value: Array,
+    next_value: Array,
+    terminated: Array,
+    truncated: Array,
     gamma: float,
     gae_lambda: float,
-) -> th.Tensor:
+) -> Array:
     """
     Generalised advantage estimates (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
 
@@ -105,6 +119,6 @@ def gae(
     return reverse_scan(delta, gamma * gae_lambda * _goes_on(terminated, truncated))
 
 
-def _goes_on(terminated: th.Tensor, truncated: th.Tensor) -> th.Tensor:
+def _goes_on(terminated: Array, truncated: Array) -> Array:
     """``(T, N)`` 1 where the episode goes on behind the step."""
     return (1 - terminated) * (1 - truncated)
