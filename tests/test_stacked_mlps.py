@@ -43,13 +43,15 @@ def names(outputs: tuple[th.Tensor, ...]) -> set[str]:
 @pytest.mark.parametrize("squash", [False, True], ids=["open end", "activation last"])
 @pytest.mark.parametrize(("number", "rows"), [(2, 6), (2, 1), (4, 12)])
 @pytest.mark.parametrize("used", ["all", "first", "last", "every third"])
-def test_equal_each_by_itself(activation: type[nn.Module], squash: bool, number: int, rows: int, used: str) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["one input", "an input for each"])
+def test_equal_each_by_itself(activation: type[nn.Module], squash: bool, number: int, rows: int, used: str, own: bool) -> None:
     networks = mlps(number, activation=activation, squash=squash)
-    x = th.randn(rows, 5, requires_grad=True)
+    x = th.randn(*([number] if own else []), rows, 5, requires_grad=True)
     everything = [x, *(parameter for mlp in networks for parameter in mlp.parameters())]
     chosen = {"all": slice(None), "first": slice(1), "last": slice(-1, None), "every third": slice(None, None, 3)}[used]
     results = []
-    for outputs in (side_by_side(networks, x), tuple(mlp(x) for mlp in networks)):
+    one_by_one = tuple(mlp(x[k] if own else x) for k, mlp in enumerate(networks))
+    for outputs in (side_by_side(networks, x), one_by_one):
         loss = sum(((k + 1) * output.sin()).sum() for k, output in enumerate(outputs[chosen]))
         assert isinstance(loss, th.Tensor)
         results.append([*outputs, *th.autograd.grad(loss, everything, allow_unused=True)])

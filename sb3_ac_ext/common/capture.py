@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import torch as th
 
 from sb3_ac_ext.common.means import TensorMeans
-from sb3_ac_ext.common.typing import Transitions
+
+Batch = tuple[Any, ...]
+"""A named tuple of tensors, dicts of them, and values that are no tensors."""
 
 WARM_UP = 3
 """Updates that run one kernel at a time before the recording, in which libraries choose algorithms and allocate."""
@@ -59,7 +61,7 @@ class CudaRecording:
 class _Update:
     """One recorded update and the memory that its batches are copied to."""
 
-    def __init__(self, batch: Transitions, recording: Recording) -> None:
+    def __init__(self, batch: Batch, recording: Recording) -> None:
         self.batch = _map(th.clone, batch)
         self.recording = recording
         self.runs = 0
@@ -93,7 +95,7 @@ class Capture:
             self._updates.clear()
             self._fixed = fixed
 
-    def run(self, key: Hashable, function: Callable[[Transitions], None], batch: Transitions) -> None:
+    def run(self, key: Hashable, function: Callable[[Batch], None], batch: Batch) -> None:
         """
         :param key: equal for calls that do the same with another batch
         :param function: the update
@@ -113,7 +115,7 @@ class Capture:
         else:
             update.recording.warm_up(lambda: function(update.batch))
 
-    def _record(self, update: _Update, function: Callable[[Transitions], None]) -> None:
+    def _record(self, update: _Update, function: Callable[[Batch], None]) -> None:
         before = self._means.counts()
         try:
             update.recording.record(lambda: function(update.batch))
@@ -127,7 +129,7 @@ class Capture:
         self._means.count({name: -number for name, number in update.logged.items()})  # nothing has happened yet
 
 
-def _map(function: Callable[..., Any], *batches: Transitions) -> Transitions:
+def _map(function: Callable[..., Any], *batches: Batch) -> Batch:
     """``function`` of corresponding tensors; anything else stays as it is in the first batch."""
 
     def apply(*values: Any) -> Any:
@@ -135,10 +137,10 @@ def _map(function: Callable[..., Any], *batches: Transitions) -> Transitions:
             return {name: apply(*(value[name] for value in values)) for name in values[0]}
         return function(*values) if isinstance(values[0], th.Tensor) else values[0]
 
-    return Transitions(*(apply(*values) for values in zip(*batches, strict=True)))
+    return type(batches[0])(*(apply(*values) for values in zip(*batches, strict=True)))
 
 
-def _signature(batch: Transitions) -> Hashable:
+def _signature(batch: Batch) -> Hashable:
     """Shapes and types of a batch, and the values that are no tensors."""
 
     def of(value: Any) -> Hashable:

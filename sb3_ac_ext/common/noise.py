@@ -77,9 +77,9 @@ class NoiseSchedule:
 
 
 class ScaledNoise(ActionNoise):
-    """A noise process times a factor."""
+    """A noise process times a factor, or one for each component of an action."""
 
-    def __init__(self, process: ActionNoise, factor: float) -> None:
+    def __init__(self, process: ActionNoise, factor: float | np.ndarray) -> None:
         super().__init__()
         self.process = process
         self.factor = factor

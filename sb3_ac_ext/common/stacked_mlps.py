@@ -1,4 +1,4 @@
-"""Several MLPs of one shape on the same input, as one: a batched product in place of one for each."""
+"""Several MLPs of one shape, on one input or each on its own, as one: a batched product in place of one for each."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,13 +17,13 @@ def side_by_side(mlps: Sequence[FusedMLP], x: th.Tensor) -> tuple[th.Tensor, ...
     as those of one flat optimizer do; one after another otherwise. Results and gradients are the same up to rounding.
 
     :param mlps: K of them
-    :param x: ``(B, inputs)``
+    :param x: ``(B, inputs)`` for all, or ``(K, B, inputs)`` one for each
     :return: ``(B, outputs)`` of each
     """
     traced = th.jit.is_tracing() or th.compiler.is_compiling()
-    stack = None if traced else Stack.of(mlps)
-    if stack is None or x.dim() != 2 or x.dtype != stack.parameters[0].dtype:
-        return tuple(mlp(x) for mlp in mlps)
+    stack = None if traced or len(mlps) == 1 else Stack.of(mlps)
+    if stack is None or x.dim() not in (2, 3) or x.dtype != stack.parameters[0].dtype:
+        return tuple(mlp(own) for mlp, own in zip(mlps, x if x.dim() == 3 else [x] * len(mlps), strict=True))
     if th.is_grad_enabled():
         every = [parameter for layers in stack.layers for parameter in layers.parameters()]
         outputs: tuple[th.Tensor, ...] = _StackNode.apply(stack, x, *every)  # type: ignore[no-untyped-call]  # torch's
@@ -48,7 +48,8 @@ class Stack:
             cannot run as one
         """
         layers = [mlp.layers() for mlp in mlps]
-        known: Stack | None = mlps[0].__dict__.get("_known_stack")
+        name = f"_known_stack_of_{len(mlps)}"
+        known: Stack | None = mlps[0].__dict__.get(name)
         if known is not None and known.layers == layers and known._pointers == _pointers(known.layers):
             return known
         stack = None
@@ -58,12 +59,12 @@ class Stack:
             parameters = [view if view.dim() == 3 else view.unsqueeze(1) for view in views if view is not None]
             if len(parameters) == len(views):
                 stack = Stack(mlps, found, parameters)
-        mlps[0].__dict__["_known_stack"] = stack
+        mlps[0].__dict__[name] = stack
         return stack
 
     def repeat(self, x: th.Tensor) -> th.Tensor:
         """``x`` for each of the MLPs, ``(K, B, inputs)``, without a copy."""
-        return x.expand(len(self.mlps), *x.shape)
+        return x if x.dim() == 3 else x.expand(len(self.mlps), *x.shape)
 
 
 def _pointers(layers: Sequence[Layers]) -> list[int]:
@@ -123,14 +124,15 @@ class _StackNode(th.autograd.Function):
         if len(given) == len(grads) and all(own == needed[0] for own in needed):
             run_before = Pass(plan, ctx.workspace, [stack.repeat(x), *outputs[:-1]], outputs, weights)
             x_grad = run_before.backward(th.stack(given), x_needed, needed[0], _Sinks(sinks))
-            x_grad = None if x_grad is None else x_grad.sum(dim=0)
+            x_grad = x_grad if x_grad is None or x.dim() == 3 else x_grad.sum(dim=0)
         else:  # a loss that does not depend on all of them leaves the others without gradients
-            x_grad = None
+            x_grad = th.zeros_like(x) if x_needed else None
             for k, grad in enumerate(grads):
                 if grad is not None:
                     own = [output[k] for output in outputs]
-                    run_before = Pass(plan, None, [x, *own[:-1]], own, [weight[k] for weight in weights])
+                    run_before = Pass(plan, None, [stack.repeat(x)[k], *own[:-1]], own, [weight[k] for weight in weights])
                     part = run_before.backward(grad, x_needed, needed[k], sinks[k])
-                    x_grad = part if x_grad is None or part is None else x_grad + part
+                    if x_grad is not None and part is not None:
+                        (x_grad[k] if x.dim() == 3 else x_grad).add_(part)
         returned = [sink.close() if grad is not None else sink.returned for sink, grad in zip(sinks, grads, strict=True)]
         return None, x_grad, *(gradient for own in returned for gradient in own)
