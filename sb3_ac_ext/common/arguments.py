@@ -1,13 +1,17 @@
-"""Checks of the arguments that the off-policy algorithms share."""
+"""Checks of the arguments that the algorithms of a kind share."""
 
+import warnings
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.policies import BasePolicy
 
 from sb3_ac_ext.common.noise import NoiseSchedule
-from sb3_ac_ext.common.validation import UnsupportedError, check_choice, check_number
+from sb3_ac_ext.common.validation import UnsupportedError, check_choice, check_number, check_switch
 
 
 def check_off_policy_arguments(model: Any) -> None:
@@ -19,7 +23,7 @@ def check_off_policy_arguments(model: Any) -> None:
     """
     if not hasattr(model, "action_space"):
         raise ValueError(f"env must be an environment or the id of one, got None for {type(model).__name__}")
-    _check_action_space(model.action_space)
+    check_bounded_actions(model.action_space)
     for name in ("buffer_size", "batch_size", "n_steps"):
         check_number(name, getattr(model, name), low=1, integer=True)
     check_number("learning_starts", model.learning_starts, low=0)
@@ -31,7 +35,63 @@ def check_off_policy_arguments(model: Any) -> None:
     _check_noise(model)
 
 
-def _check_action_space(space: spaces.Space[Any]) -> None:
+def check_on_policy_arguments(model: Any) -> None:
+    """
+    :param model: an algorithm whose arguments and spaces are set
+    :raises TypeError: if an argument has the wrong type
+    :raises ValueError: if one is out of range or contradicts another
+    :raises UnsupportedError: if a combination of arguments cannot be served
+    """
+    if not hasattr(model, "action_space"):
+        raise ValueError(f"env must be an environment or the id of one, got None for {type(model).__name__}")
+    for name in ("n_steps", "rollout_episodes"):
+        check_number(name, getattr(model, name), low=1, integer=True)
+    for name in ("gamma", "gae_lambda"):
+        check_number(name, getattr(model, name), low=0, high=1)
+    check_number("ent_coef", model.ent_coef, low=0)
+    check_number("vf_coef", model.vf_coef, low=0)
+    check_number("sde_sample_freq", model.sde_sample_freq, low=-1, integer=True)
+    for name in ("use_sde", "drop_unfinished_episodes"):
+        check_switch(name, getattr(model, name))
+    check_choice("rollout", model.rollout, ("steps", "episodes"))
+    if model.rollout == "steps" and model.drop_unfinished_episodes:
+        raise ValueError("drop_unfinished_episodes=True needs rollout='episodes', got rollout='steps'")
+    if model.rollout == "episodes" and model.rollout_buffer_class not in (None, RolloutBuffer, DictRolloutBuffer):
+        raise UnsupportedError(
+            f"rollout='episodes' fills SB3's own buffers, got rollout_buffer_class={model.rollout_buffer_class}"
+        )
+
+
+def check_policy_class(model: Any, needed: type[BasePolicy]) -> None:
+    """
+    :param model: an algorithm whose policy class is set
+    :param needed: the policy class that has what its updates need
+    :raises TypeError: if the policy is not derived from it
+    """
+    given = model._own_policy_class(model.policy_class)
+    if not issubclass(given, needed):
+        raise TypeError(f"policy must be derived from {needed.__module__}.{needed.__qualname__}, got {given}")
+
+
+def warn_of_endless_episodes(model: Any) -> None:
+    """
+    Where Gymnasium knows of no time limit nothing says that episodes end.
+
+    :param model: an algorithm whose rollouts are of episodes, with an environment
+    """
+    if not all(model.env.env_is_wrapped(TimeLimit)):
+        warnings.warn(
+            f"rollout='episodes' waits for {model.rollout_episodes} episodes to end, and the environment has no time limit: "
+            f"if its episodes can go on for ever, wrap it in gymnasium.wrappers.TimeLimit. A rollout ends after "
+            f"n_steps={model.n_steps} steps of each environment in any case",
+            stacklevel=2,
+        )
+
+
+def check_bounded_actions(space: spaces.Space[Any]) -> None:
+    """
+    :raises UnsupportedError: if actions in a Box cannot be scaled to [-1, 1]
+    """
     if isinstance(space, spaces.Box):
         finite = np.all(np.isfinite([space.low, space.high]))
         if not (finite and np.all(space.low < space.high)):

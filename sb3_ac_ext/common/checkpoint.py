@@ -16,6 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file, recursive_getattr
 from stable_baselines3.common.type_aliases import MaybeCallback
+from torch import nn
 
 from sb3_ac_ext.common.descent import parameters_of
 from sb3_ac_ext.common.typing import constructor_keys
@@ -69,25 +70,25 @@ def _decode(text: str) -> th.Tensor:
     return th.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
 
 
-def split_optimizer_state(state: dict[str, Any], sizes: Sequence[int]) -> list[dict[str, Any]]:
+def split_optimizer_state(state: dict[str, Any], shares: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """
     An optimizer's state as the states of several that share its parameters out.
 
     :param state: what ``state_dict`` returned, with one parameter group
-    :param sizes: how many of its parameters each takes, in its order
+    :param shares: the numbers of its parameters that each takes, in the order in which it takes them
     :return: a state for each
-    :raises ValueError: if the numbers do not add up to its parameters
+    :raises ValueError: if not each of its parameters is taken once
     """
     (group,) = state["param_groups"]
-    if sum(sizes) != len(group["params"]):
-        raise ValueError(f"the optimizer has {len(group['params'])} parameters, the networks have {sum(sizes)}")
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    taken = sorted(number for share in shares for number in share)
+    if taken != list(range(len(group["params"]))):
+        raise ValueError(f"the optimizer has {len(group['params'])} parameters, the networks have {len(taken)}")
     return [
         {
-            "state": {i - start: value for i, value in state["state"].items() if start <= i < start + size},
-            "param_groups": [{**group, "params": list(range(size))}],
+            "state": {i: state["state"][number] for i, number in enumerate(share) if number in state["state"]},
+            "param_groups": [{**group, "params": list(range(len(share)))}],
         }
-        for start, size in zip(starts, sizes, strict=True)
+        for share in shares
     ]
 
 
@@ -131,7 +132,7 @@ class CheckpointMixin(BaseAlgorithm):
     sb3_class: ClassVar[type[BaseAlgorithm]]
     """The SB3 algorithm whose zips load; its policy classes stand for ours of the same alias."""
     joint_optimizers: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """Each optimizer of the SB3 algorithm that is several here: their attributes, in the order of its parameters."""
+    """Each optimizer of the SB3 algorithm that is several here, an attribute of what has its parameters: their attributes."""
     _random_state: RandomState | None = None
     """States of a loaded checkpoint that training has not taken up yet."""
 
@@ -184,9 +185,15 @@ class CheckpointMixin(BaseAlgorithm):
         """
         own = dict(parameters)
         for joint in self.joint_optimizers.keys() & own.keys():
-            parts = {name: recursive_getattr(self, name) for name in self.joint_optimizers[joint]}
-            sizes = {name: len(parameters_of(part)) for name, part in parts.items() if part is not None}
-            own.update(zip(sizes, split_optimizer_state(own.pop(joint), list(sizes.values())), strict=True))
+            optimizers = {name: recursive_getattr(self, name, None) for name in self.joint_optimizers[joint]}
+            parts = {name: [*map(id, parameters_of(part))] for name, part in optimizers.items() if part is not None}
+            if parts.keys() <= own.keys():
+                continue
+            everything = {key for part in parts.values() for key in part}
+            owner: nn.Module = recursive_getattr(self, joint.rpartition(".")[0])
+            order = [id(parameter) for parameter in owner.parameters() if id(parameter) in everything]
+            shares = [[order.index(key) for key in part] for part in parts.values()]
+            own.update(zip(parts, split_optimizer_state(own.pop(joint), shares), strict=True))
         return own
 
     def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:

@@ -10,13 +10,18 @@ class TensorMeans:
 
     def __init__(self) -> None:
         self._sums: dict[str, th.Tensor] = {}  # kept when read, so that a recorded update may go on adding to them
+        self._host_sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
-    def add(self, name: str, value: th.Tensor) -> None:
+    def add(self, name: str, value: th.Tensor | float) -> None:
         """
         :param name: of the quantity
-        :param value: ``()`` one value of it
+        :param value: ``()`` one value of it, or a number that is on the host already
         """
+        if not isinstance(value, th.Tensor):
+            self._host_sums[name] = self._host_sums.get(name, 0.0) + float(value)
+            self._counts[name] = self._counts.get(name, 0) + 1
+            return
         value = value.detach()
         total = self._sums.get(name)
         if total is None or total.device != value.device:
@@ -43,8 +48,10 @@ class TensorMeans:
         self._counts = {}
         if not counts:
             return {}
-        sums = [self._sums[name] for name in counts]
-        values = th.stack(sums).tolist()
-        for total in sums:
+        totals, self._host_sums = self._host_sums, {}
+        sums = {name: self._sums[name] for name in counts if name not in totals}
+        if sums:
+            totals.update(zip(sums, th.stack(list(sums.values())).tolist(), strict=True))
+        for total in sums.values():
             total.zero_()
-        return {name: value / count for (name, count), value in zip(counts.items(), values, strict=True)}
+        return {name: totals[name] / count for name, count in counts.items()}

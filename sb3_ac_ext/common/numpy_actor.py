@@ -1,6 +1,6 @@
 """Acting on a CPU without PyTorch's cost per call: the actor's layers on numpy views of its weights."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -11,33 +11,9 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN
-from torch import nn
 
-from sb3_ac_ext.common.fused_mlp import Fused, FusedLinear, FusedMLP
-
-Function = Callable[[np.ndarray], np.ndarray]
-
-
-def _relu(x: np.ndarray) -> np.ndarray:
-    result: np.ndarray = np.maximum(x, 0, out=x)
-    return result
-
-
-def _tanh(x: np.ndarray) -> np.ndarray:
-    result: np.ndarray = np.tanh(x, out=x)
-    return result
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.asarray(1 / (1 + np.exp(-x)))
-
-
-def _elu(x: np.ndarray) -> np.ndarray:
-    return np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
-
-
-ACTIVATIONS: dict[type[nn.Module], Function] = {nn.ReLU: _relu, nn.Tanh: _tanh, nn.Sigmoid: _sigmoid, nn.ELU: _elu}
-"""The activations that `FusedMLP` knows; in place where numpy can."""
+from sb3_ac_ext.common.fused_mlp import FusedLinear, FusedMLP
+from sb3_ac_ext.common.numpy_layers import NumpyLayers
 
 GAUSSIAN = ("latent_pi", "mu", "log_std")
 """The networks of an actor with a squashed Gaussian: the hidden layers, mean and logarithm of the standard deviation."""
@@ -100,47 +76,6 @@ def _obstacle_in(network: Any) -> str | None:
     return None
 
 
-class NumpyLayers:
-    """
-    The layers of a fused module, evaluated by numpy on views of the parameters' memory, so that an update is seen at once.
-
-    :param fused: a module without an obstacle
-    """
-
-    def __init__(self, fused: Fused) -> None:
-        self.fused = fused
-        self._chain = fused.chain()
-        self._hooks = [hooks for m in (fused, *self._chain) for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        linear = [module for module in self._chain if isinstance(module, nn.Linear)]
-        self._places = [(m._parameters, name, _pointer(m._parameters[name])) for m in linear for name in ("weight", "bias")]
-        activations = {before: ACTIVATIONS.get(type(m)) for before, m in zip(self._chain, self._chain[1:], strict=False)}
-        self._layers = [(m.weight.detach().numpy().T, m.bias.detach().numpy(), activations.get(m)) for m in linear]
-
-    def is_current(self) -> bool:
-        """Whether modules, memory and hooks are still those that there were."""
-        for parameters, name, pointer in self._places:
-            parameter = parameters[name]
-            if parameter is None or parameter.data_ptr() != pointer:
-                return False
-        return self.fused.chain() == self._chain and not any(self._hooks)
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """
-        :param x: ``(1, inputs)``
-        :return: ``(1, outputs)``
-        """
-        for weight, bias, activation in self._layers:
-            x = x @ weight
-            x += bias
-            if activation is not None:
-                x = activation(x)
-        return x
-
-
-def _pointer(parameter: th.Tensor | None) -> int:
-    return 0 if parameter is None else parameter.data_ptr()
-
-
 class NumpyActor:
     """
     An actor on a flat observation, evaluated by numpy: an MLP that ends in the action, or one with a squashed Gaussian.
@@ -165,7 +100,7 @@ class NumpyActor:
         return (
             self.policy._modules["actor"] is self._actor
             and getattr(self._actor, "action_dist", None) is self._distribution
-            and all(self._actor._modules[name] is part.fused and part.is_current() for name, part in self._parts.items())
+            and all(self._actor._modules[name] is part.fused[0] and part.is_current() for name, part in self._parts.items())
             and not any(self._hooks)
             and all(METHODS.isdisjoint(names) for names in self._replaceable)
         )
@@ -195,4 +130,5 @@ class NumpyActor:
         if not deterministic:
             std = np.exp(self._parts["log_std"](latent).clip(LOG_STD_MIN, LOG_STD_MAX))
             u += std * th.empty(u.shape).normal_().numpy()
-        return _tanh(u)
+        squashed: np.ndarray = np.tanh(u, out=u)
+        return squashed

@@ -15,10 +15,10 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_ac_ext.common import replay
+from sb3_ac_ext.common.acting import ActingMixin
 from sb3_ac_ext.common.arguments import check_off_policy_arguments
 from sb3_ac_ext.common.checkpoint import CheckpointMixin, atomic_file
 from sb3_ac_ext.common.noise import NoiseSchedule, ScaledNoise
-from sb3_ac_ext.common.numpy_actor import NumpyActor
 from sb3_ac_ext.common.typing import Transitions, constructor_keys
 from sb3_ac_ext.common.updates import UpdateMixin
 from sb3_ac_ext.common.validation import check_keys, translated_assertions
@@ -30,7 +30,7 @@ MADE_ON_DEMAND: Any = object()
 """Stands for the buffer while SB3 sets a model up, which allocates one where it finds none."""
 
 
-class OffPolicyMixin(UpdateMixin, CheckpointMixin, OffPolicyAlgorithm):
+class OffPolicyMixin(ActingMixin, UpdateMixin, CheckpointMixin, OffPolicyAlgorithm):
     """Goes before the SB3 class: ``class TD3X(OffPolicyMixin, TD3)``."""
 
     def __init__(
@@ -46,7 +46,6 @@ class OffPolicyMixin(UpdateMixin, CheckpointMixin, OffPolicyAlgorithm):
         self._replay_buffer: ReplayBuffer | None = None
         self._noise: NoiseSchedule | None = None
         self._noise_steps = 0
-        self._numpy_actor: NumpyActor | None = None
         kwargs["policy_kwargs"] = copy.copy(kwargs.get("policy_kwargs"))  # SB3 writes into it
         with translated_assertions(self):
             super().__init__(*args, **kwargs)
@@ -158,45 +157,12 @@ class OffPolicyMixin(UpdateMixin, CheckpointMixin, OffPolicyAlgorithm):
                 f"the replay buffer holds n_envs={buffer.n_envs} environments, the model has n_envs={self.n_envs}"
             )
 
-    def _acting_obstacle(self) -> str | None:
-        """Why numpy cannot act for the policy; an algorithm whose actor is a deterministic MLP asks `numpy_actor`."""
-        return f"{type(self).__name__} acts by its policy"
-
-    def _choose_actor(self) -> NumpyActor | None:
-        """The numpy actor if it applies; looks again only if something about the policy has changed."""
-        if self._numpy_actor is None or self._numpy_actor.policy is not self.policy or not self._numpy_actor.is_current():
-            obstacle = self._acting_obstacle() if self.engine else "engine=False"
-            self._numpy_actor = NumpyActor(self.policy) if obstacle is None else None
-        return self._numpy_actor
-
-    def predict(
-        self,
-        observation: np.ndarray | dict[str, np.ndarray],
-        state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """
-        The policy's action, see SB3's ``BaseAlgorithm.predict``; by numpy where that gives the same (`engine_report`).
-
-        :param observation: ``(...)`` one observation or ``(N, ...)`` of them
-        :param state: passed through
-        :param episode_start: not used, policies are not recurrent
-        :param deterministic: whether a stochastic policy gives its mode
-        :return: action or ``(N, ...)`` actions in the environment's range, and ``state``
-        """
-        actor = self._choose_actor()
-        action = None if actor is None else actor(observation, deterministic)
-        return super().predict(observation, state, episode_start, deterministic) if action is None else (action, state)
-
     def engine_report(self) -> dict[str, str]:
         """See `UpdateMixin.engine_report`."""
-        obstacle = self._acting_obstacle() if self.engine else "engine=False"
         buffer = self._replay_buffer or self.replay_buffer_class  # do not make one to report on it
         sampling = replay.obstacle(buffer, self._vec_normalize_env) if self.engine else "engine=False"
         return {
             **super().engine_report(),
-            "acting": "numpy" if obstacle is None else f"PyTorch: {obstacle}",
             "replay": "direct" if sampling is None else f"SB3: {sampling}",
         }
 
@@ -252,7 +218,7 @@ class OffPolicyMixin(UpdateMixin, CheckpointMixin, OffPolicyAlgorithm):
         return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
-        derived = ["_replay_buffer", "_noise", "_numpy_actor"]
+        derived = ["_replay_buffer", "_noise"]
         if self._noise is not None:
             derived.append("action_noise")
         return [*super()._excluded_save_params(), *derived]

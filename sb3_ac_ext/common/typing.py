@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer, RolloutBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import PyTorchObs
 
@@ -79,6 +79,39 @@ class OffPolicyKwargs(CommonKwargs, total=False):
     """Whether the fast paths are taken where they apply (`engine_report()` says where); the mathematics is the same."""
     warmup: str
     """Until ``learning_starts``: "uniform" draws uniform actions, "noise" the policy's with exploration noise of std 1."""
+
+
+class ActingKwargs(CommonKwargs, total=False):
+    """What every on-policy algorithm takes, whatever it learns from: SB3's arguments and the engine's."""
+
+    gamma: float
+    """Discount factor, in [0, 1]."""
+    ent_coef: float
+    """Weight of the entropy in the loss, reward units per nat."""
+    use_sde: bool
+    """Whether exploration is generalised state-dependent (gSDE)."""
+    sde_sample_freq: int
+    """Steps after which gSDE draws new noise; -1 at the start of a rollout only."""
+    engine: bool
+    """Whether the fast paths are taken where they apply (`engine_report()` says where); the mathematics is the same."""
+
+
+class OnPolicyKwargs(ActingKwargs, total=False):
+    """What those take that estimate advantages of a rollout: SB3's arguments with its meaning and defaults, then our own."""
+
+    gae_lambda: float
+    """Weight of longer advantage estimates, in [0, 1]: 0 bootstraps after one step, 1 sums all rewards."""
+    rollout_buffer_class: type[RolloutBuffer] | None
+    """Rollout buffer; None chooses by observation space."""
+    rollout_buffer_kwargs: dict[str, Any] | None
+    """Its arguments."""
+    rollout: str
+    """"steps" collects ``n_steps`` of each environment, "episodes" until ``rollout_episodes`` have ended."""
+    rollout_episodes: int
+    """With ``rollout="episodes"``: how many have to end. ``n_steps`` is then the most steps of each environment."""
+    drop_unfinished_episodes: bool
+    """With ``rollout="episodes"``: whether to forget what is still running then (and reset), which favours short episodes.
+    By default it is kept, bootstrapped, and goes on in the next rollout."""
 
 
 NOT_ARGUMENTS = frozenset({"self", "kwargs", "_init_setup_model"})

@@ -14,7 +14,7 @@ from sb3_ac_ext.common.descent import Average, Descent, FlatAdam, backward, cons
 from sb3_ac_ext.common.fused_mlp import Fused
 from sb3_ac_ext.common.means import TensorMeans
 from sb3_ac_ext.common.schedules import as_schedule
-from sb3_ac_ext.common.typing import Transitions, constructor_keys
+from sb3_ac_ext.common.typing import constructor_keys
 from sb3_ac_ext.common.validation import NonFiniteError, check_mapping, check_number, check_switch
 from sb3_ac_ext.common.workspace import Workspace
 
@@ -136,16 +136,16 @@ class UpdateMixin(BaseAlgorithm):
         if self._records:
             self._capture.fix(self._fixed())
 
-    def _run(self, update: Callable[..., None], batch: Transitions, *options: Hashable) -> None:
+    def _run(self, update: Callable[..., None], batch: tuple[Any, ...], *options: Hashable) -> None:
         """
         ``update(batch, *options)``, recorded once for each combination of options and then replayed where that is possible.
 
         :param update: what a batch is used for, without looking at values on the device
-        :param batch: the batch
+        :param batch: the batch, a named tuple
         :param options: further arguments
         """
 
-        def run(batch: Transitions) -> None:
+        def run(batch: tuple[Any, ...]) -> None:
             with self._workspace.lend() if self.engine else nullcontext():
                 update(batch, *options)
 
@@ -172,14 +172,27 @@ class UpdateMixin(BaseAlgorithm):
                 loss = loss_of(batch)
             backward(loss, descents)
             loss = loss.detach()
-        for own, descent in zip(networks, descents, strict=True):
-            norm = descent.gradient_norm()
-            if own in self._max_grad_norms:
-                descent.clip(self._max_grad_norms[own], norm)
-            self._decay(own, descent)
-            descent.step()
-            self._means.add(f"{own}_grad_norm", norm)
+        for own in networks:
+            self._step(own)
         self._means.add(f"{name or '_'.join(networks)}_loss", loss)
+
+    def _step(self, network: str) -> None:
+        """
+        Clip, decay and apply the gradients of one network.
+
+        :param network: its name in `_optimizers`
+        """
+        descent = self._descents[network]
+        norm = descent.gradient_norm()
+        if network in self._max_grad_norms:
+            self._clip(network, descent, norm)
+        self._decay(network, descent)
+        descent.step()
+        self._means.add(f"{network}_grad_norm", norm)
+
+    def _clip(self, network: str, descent: Descent, norm: th.Tensor) -> None:
+        """Bound a network's gradient, whose 2-norm is ``norm``."""
+        descent.clip(self._max_grad_norms[network], norm)
 
     def _decay(self, network: str, descent: Descent) -> None:
         """Add ``x_weight_decay`` times the weights to their gradients, as Adam's own does; not for biases and norms."""
