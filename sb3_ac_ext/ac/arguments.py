@@ -1,0 +1,78 @@
+"""Checks of AC's own arguments, and the policy class that they need."""
+
+from typing import Any
+
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+
+from sb3_ac_ext.ac.policies import (
+    DeterministicCnnPolicy,
+    DeterministicMlpPolicy,
+    DeterministicMultiInputPolicy,
+    QCnnPolicy,
+    QMlpPolicy,
+    QMultiInputPolicy,
+)
+from sb3_ac_ext.common.actor_critic import MlpPolicy, SeparateCnnPolicy, SeparateMultiInputPolicy
+from sb3_ac_ext.common.arguments import check_bounded_actions, check_policy_class
+from sb3_ac_ext.common.validation import UnsupportedError, check_choice, check_number, check_switch
+
+V_POLICIES = (MlpPolicy, SeparateCnnPolicy, SeparateMultiInputPolicy)
+Q_POLICIES = (QMlpPolicy, QCnnPolicy, QMultiInputPolicy)
+DETERMINISTIC_POLICIES = (DeterministicMlpPolicy, DeterministicCnnPolicy, DeterministicMultiInputPolicy)
+
+
+def fitting_policy(model: Any) -> type[BasePolicy]:
+    """
+    :param model: an `AC` whose arguments are set
+    :return: its policy class; for one of the names, that with the critic and the actor asked for
+    """
+    q_policies = DETERMINISTIC_POLICIES if model.deterministic_policy else Q_POLICIES
+    given: type[BasePolicy] = model.policy_class
+    if model.critic == "q" and given in V_POLICIES:
+        return q_policies[V_POLICIES.index(given)]  # type: ignore[arg-type]  # it is one of them
+    return given
+
+
+def check_ac_arguments(model: Any) -> None:
+    """
+    :param model: an `AC` whose arguments and spaces are set
+    :raises TypeError: if an argument has the wrong type
+    :raises ValueError: if one is out of range or contradicts another
+    :raises UnsupportedError: if the action space cannot be served
+    """
+    for name in ("deterministic_policy", "gamma_t_weight"):
+        check_switch(name, getattr(model, name))
+    check_choice("critic", model.critic, ("v", "q"))
+    for name in ("actor_trace_lambda", "critic_trace_lambda"):
+        check_number(name, getattr(model, name), low=0, high=1)
+    check_number("exploration_std", model.exploration_std, low=0)
+    if model.deterministic_policy:
+        _check_deterministic(model)
+    elif model.exploration_std:
+        raise ValueError(f"exploration_std needs deterministic_policy=True, got {model.exploration_std!r} without it")
+    if model.critic == "q" and model.actor_trace_lambda:
+        raise ValueError(f'actor_trace_lambda needs critic="v", got {model.actor_trace_lambda!r} with critic="q"')
+    _check_policy(model)
+
+
+def _check_deterministic(model: Any) -> None:
+    if not isinstance(model.action_space, spaces.Box):
+        raise UnsupportedError(f"deterministic_policy=True needs a Box of actions, got {model.action_space}")
+    check_bounded_actions(model.action_space)
+    if model.critic != "q":
+        raise ValueError(f'deterministic_policy=True needs critic="q" and its gradient by actions, got {model.critic!r}')
+    for name in ("critic_trace_lambda", "ent_coef", "use_sde"):
+        if getattr(model, name):
+            raise ValueError(f"{name} needs a stochastic policy, got {getattr(model, name)!r} with deterministic_policy=True")
+
+
+def _check_policy(model: Any) -> None:
+    check_policy_class(model, MlpPolicy)
+    given = model.policy_class
+    has = issubclass(given, QMlpPolicy), issubclass(given, DeterministicMlpPolicy)
+    if has != (model.critic == "q", model.deterministic_policy):
+        raise ValueError(
+            f"critic and deterministic_policy must be what the policy was made for, got {model.critic!r} and "
+            f"{model.deterministic_policy} with {given}"
+        )

@@ -1,0 +1,218 @@
+"""
+REINFORCE with or without a baseline (Williams 1992; Sutton and Barto 2018, sections 13.3 and 13.4), on batches of episodes.
+
+    collect whole episodes with pi
+    G_t   = r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ... to the end of the episode
+    A_t   = G_t - b(s_t), or G_t without a baseline
+    policy:   ascend mean [gamma^t] A_t log pi(a_t|s_t) + ent_coef mean H[pi(.|s_t)]
+    baseline: descend mean (b(s_t) - G_t)^2
+"""
+
+from typing import Any, ClassVar, Unpack
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ac_ext.common.actor_critic import PARTS, ActorCritic, MlpPolicy, SeparateCnnPolicy, SeparateMultiInputPolicy
+from sb3_ac_ext.common.arguments import check_policy_class
+from sb3_ac_ext.common.on_policy import OnPolicyMixin
+from sb3_ac_ext.common.rollouts import Samples, column
+from sb3_ac_ext.common.typing import ActingKwargs, constructor_keys
+from sb3_ac_ext.common.validation import check_keys, check_number, check_switch
+from sb3_ac_ext.functional.returns import episode_discounts
+from sb3_ac_ext.functional.surrogates import normalized, policy_gradient, squared_error
+
+
+class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
+    """
+    REINFORCE, with a learned baseline unless ``use_baseline=False``.
+
+    An update learns from whole episodes only. Of several environments each contributes the same number of them, whichever are
+    short: environments that have theirs go on unseen until the last one is done, and then all start anew. So no length of
+    episode is favoured, at the price of steps that nothing is learned from.
+
+    A truncated episode's return ends with its last reward, which is too little where more would have followed; with
+    ``bootstrap_truncated`` the baseline's value of the last observation stands for the rest.
+
+    Differences from the book: one update for a batch of episodes, by the mean over their steps and with Adam; gamma^t is left
+    out by default, as most programs do.
+
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class derived from `MlpPolicy`
+    :param env: environment or its id
+    :param learning_rate: rate of both networks: a number >= 0, "lin_x" (falls linearly from x to 0), or a schedule
+    :param rollout_episodes: episodes in an update, rounded up to a multiple of the number of environments
+    :param max_rollout_steps: most steps of each environment in a rollout; what has not ended then is left out, which favours
+        short episodes. None for as many as its episodes can have, which needs a time limit
+    :param use_baseline: whether there is a baseline b, an estimate of G by the value network
+    :param baseline_learning_rate: rate of the baseline instead
+    :param bootstrap_truncated: whether truncated episodes end with the baseline's value of their last observation
+    :param gamma_t_weight: whether steps are weighted by gamma^t, as the gradient of the discounted return has it
+    :param normalize_advantage: whether A gets mean 0 and standard deviation 1 in an update
+    :param max_grad_norm: bound on the gradient's 2-norm, of each network by itself (a dict names them); None does not clip
+    :param kwargs: `ActingKwargs`
+    :raises TypeError: for an unknown argument or one of the wrong type
+    :raises ValueError: for a value out of range or a contradiction, and without any time limit
+    :raises UnsupportedError: for spaces that no policy is there for
+    """
+
+    sb3_class = OnPolicyAlgorithm
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": SeparateCnnPolicy,
+        "MultiInputPolicy": SeparateMultiInputPolicy,
+    }
+    rollout_limit = "max_rollout_steps"
+    policy: MlpPolicy
+
+    def __init__(
+        self,
+        policy: str | type[MlpPolicy],
+        env: GymEnv | str,
+        learning_rate: float | str | Schedule = 1e-3,
+        rollout_episodes: int = 16,
+        *,
+        max_rollout_steps: int | None = None,
+        use_baseline: bool = True,
+        baseline_learning_rate: float | str | Schedule | None = None,
+        bootstrap_truncated: bool = False,
+        gamma_t_weight: bool = False,
+        normalize_advantage: bool = False,
+        max_grad_norm: float | dict[str, float] | None = None,
+        _init_setup_model: bool = True,
+        **kwargs: Unpack[ActingKwargs],
+    ) -> None:
+        check_keys("Reinforce()", kwargs, constructor_keys(Reinforce))
+        self.max_rollout_steps = max_rollout_steps
+        self.use_baseline = use_baseline
+        self.baseline_learning_rate = baseline_learning_rate
+        self.bootstrap_truncated = bootstrap_truncated
+        self.gamma_t_weight = gamma_t_weight
+        self.normalize_advantage = normalize_advantage
+        super().__init__(
+            policy,
+            env,
+            learning_rate,  # type: ignore[arg-type]  # a string too
+            1,  # n_steps, see _check_time_limit
+            kwargs.pop("gamma", 0.99),
+            1.0,  # gae_lambda: all rewards to the end of the episode
+            kwargs.pop("ent_coef", 0.0),
+            0.0,  # vf_coef: the baseline has its own rate
+            max_grad_norm,
+            kwargs.pop("use_sde", False),
+            kwargs.pop("sde_sample_freq", -1),
+            rollout="episodes",
+            rollout_episodes=rollout_episodes,
+            drop_unfinished_episodes=True,
+            _init_setup_model=False,
+            **kwargs,
+        )
+        if _init_setup_model:
+            self._setup_model()
+
+    def _check_arguments(self) -> None:
+        check_policy_class(self, MlpPolicy)
+        for name in ("use_baseline", "bootstrap_truncated", "gamma_t_weight", "normalize_advantage"):
+            check_switch(name, getattr(self, name))
+        for name, unset in {"bootstrap_truncated": False, "baseline_learning_rate": None}.items():
+            if getattr(self, name) is not unset and not self.use_baseline:
+                raise ValueError(f"{name} needs use_baseline=True, got {getattr(self, name)!r} without it")
+        if self.max_rollout_steps is not None:
+            check_number("max_rollout_steps", self.max_rollout_steps, low=1, integer=True)
+        super()._check_arguments()
+
+    @property
+    def _share(self) -> int:
+        """Episodes of each environment in a rollout."""
+        return -(-self.rollout_episodes // self.n_envs)
+
+    def _check_time_limit(self) -> None:
+        """Without a bound there may be no end to the first rollout; the buffer has room for the longest one."""
+        assert self.env is not None
+        limit = time_limit(self.env)
+        if self.max_rollout_steps is None and limit is None:
+            raise ValueError(
+                "max_rollout_steps must be an integer >= 1 for an environment without a time limit, whose episodes may never "
+                "end, got None; give it, or wrap the environment in gymnasium.wrappers.TimeLimit"
+            )
+        self.n_steps = self.max_rollout_steps or self._share * limit  # type: ignore[operator]  # one is there
+
+    def _make_optimizers(self) -> None:
+        self.policy.separate_optimizers(self.lr_schedule(1), "Reinforce")
+
+    def _optimizers(self) -> dict[str, th.optim.Optimizer]:
+        own = {"policy": self.policy.optimizer}
+        return {**own, "baseline": self.policy.value_optimizer} if self.use_baseline else own
+
+    # Rollouts
+
+    def _has_enough(self, finished: np.ndarray) -> bool:
+        return bool(finished.min() >= self._share)
+
+    def _finished(self, buffer: RolloutBuffer) -> np.ndarray:
+        episode = np.cumsum(buffer.episode_starts[: self._rollout_length], axis=0)  # (T, N), from 1
+        return super()._finished(buffer) & (episode <= self._share)
+
+    def _complete(self, buffer: RolloutBuffer, actor: ActorCritic, truncations: list[tuple[int, int, Any]]) -> Any:
+        return super()._complete(buffer, actor, truncations if self.bootstrap_truncated else [])
+
+    # Updates
+
+    @np.errstate(over="ignore", invalid="ignore")  # silent as PyTorch; `_end_updates` says what became of it
+    def train(self) -> None:
+        """
+        One update on the episodes that were collected.
+
+        :raises NonFiniteError: if a loss or a parameter is NaN or infinite afterwards
+        """
+        self._begin_updates()
+        samples = self._samples()
+        parts = PARTS if self.use_baseline else ("policy",)
+        evaluation = self._learner.evaluate(samples.observations, samples.actions, parts)
+        loss = policy_gradient(evaluation.log_prob, self._weights(samples))
+        slopes = {"log_prob": loss.slope}
+        if self.ent_coef:
+            slopes["entropy"] = -self.ent_coef / samples.size + 0 * loss.slope
+        if self.use_baseline:
+            error = squared_error(evaluation.values, samples.returns)
+            slopes["values"] = error.slope
+            self._means.add("baseline_loss", error.value)
+        evaluation.backward(**slopes)
+        for network in self._descents:
+            self._step(network)
+        self._n_updates += 1
+        self._means.add("policy_loss", loss.value)
+        self._means.add("entropy_loss", -evaluation.entropy.mean())
+        self.logger.record("train/samples", samples.size)
+        self._end_updates()
+
+    def _record_explained_variance(self) -> None:
+        if self.use_baseline:
+            super()._record_explained_variance()
+
+    def _weights(self, samples: Samples) -> Any:
+        """``(B,)`` what log pi(a|s) is weighted with."""
+        weights = samples.advantages if self.use_baseline else samples.returns
+        if self.normalize_advantage:
+            weights = normalized(weights)
+        if self.gamma_t_weight:
+            starts = self.rollout_buffer.episode_starts[: self._rollout_length]
+            weights = weights * self._learner.array(column(episode_discounts(starts, self.gamma), self._kept))
+        return weights
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts, tensors = super()._get_torch_save_params()
+        return [*state_dicts, "policy.value_optimizer"], tensors
+
+
+def time_limit(env: VecEnv) -> int | None:
+    """
+    :param env: environments
+    :return: the most steps of an episode; None if one of them has no ``gymnasium.wrappers.TimeLimit``
+    """
+    limits = env.get_attr("_max_episode_steps") if env.has_attr("_max_episode_steps") else [None]
+    return None if None in limits else max(limits)

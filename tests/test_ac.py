@@ -1,0 +1,716 @@
+"""AC: equal to SB3's A2C with one step, Sarsa and the deterministic gradient step by step, traces, and how it takes steps."""
+
+import copy
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from batches import flat
+from environments import BOX, CONTINUOUS, DICT, IMAGE, RandomEnv, ScriptedEnv
+from gymnasium import spaces
+from stable_baselines3 import A2C
+from stable_baselines3.common.buffers import RolloutBuffer, RolloutBufferSamples
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
+from torch import nn
+
+from sb3_ac_ext import AC
+from sb3_ac_ext.ac.policies import DeterministicMlpPolicy, QMlpPolicy
+from sb3_ac_ext.ac.step import Step
+from sb3_ac_ext.common.validation import NonFiniteError
+
+SMALL: dict[str, Any] = {"net_arch": [8, 8]}
+SGD = {"optimizer_class": th.optim.SGD}
+DETERMINISTIC = {"critic": "q", "deterministic_policy": True}
+
+either_engine = pytest.mark.parametrize("engine", [True, False], ids=["engine on", "engine off"])
+
+
+class Walk(gym.Env):
+    """Observations in float64, rewards that float32 has exactly, episodes of 4 steps that terminate and truncate in turn."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+
+    def __init__(self, action_space: spaces.Space, seed: int = 0, truncates: bool = True) -> None:
+        self.observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
+        self.action_space = action_space
+        self.numbers = np.random.default_rng(seed)
+        self.truncates = truncates
+        self.t = 0
+
+    def observe(self) -> np.ndarray:
+        return self.numbers.normal(size=3)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        return self.observe(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.t += 1
+        over, cut = self.t % 4 == 0, self.truncates and self.t % 8 == 0
+        return self.observe(), float(self.numbers.integers(-2, 3)), over and not cut, over and cut, {}
+
+
+class RewardsInDouble(VecEnvWrapper):
+    """So that SB3's bootstrap of truncated episodes is not rounded."""
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        return obs, rewards.astype(np.float64), dones, infos
+
+
+class InDouble(RolloutBuffer):
+    """SB3's buffer in float64."""
+
+    def reset(self) -> None:
+        super().reset()
+        for name in ("rewards", "returns", "values", "log_probs", "advantages"):
+            setattr(self, name, getattr(self, name).astype(np.float64))
+
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> RolloutBufferSamples:
+        columns = (self.values, self.log_probs, self.advantages, self.returns)
+        rows = (self.observations, self.actions.astype(np.float64), *(column.reshape(-1) for column in columns))
+        return RolloutBufferSamples(*(th.as_tensor(row[batch_inds]) for row in rows))
+
+
+def walks(action_space: spaces.Space, n_envs: int = 2, truncates: bool = True) -> VecEnvWrapper:
+    return RewardsInDouble(DummyVecEnv([lambda seed=i: Walk(action_space, seed, truncates) for i in range(n_envs)]))
+
+
+def make(env: Any = None, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
+    model = AC(policy, env or RandomEnv(BOX, CONTINUOUS), **{"policy_kwargs": SMALL, "seed": 0, **kwargs})
+    model.set_logger(Logger(None, []))
+    return model
+
+
+# Equal to SB3
+
+MATRIX = spaces.Box(-1, 2, (2, 2), np.float64)
+CASES: dict[str, dict[str, Any]] = {
+    "box": {"actions": spaces.Box(-1, 2, (2,), np.float64)},
+    "matrix": {"actions": MATRIX},
+    "discrete": {"actions": spaces.Discrete(3)},
+    "multidiscrete": {"actions": spaces.MultiDiscrete([3, 2])},
+    "multibinary": {"actions": spaces.MultiBinary(3)},
+    "one environment": {"actions": spaces.Discrete(3), "n_envs": 1},
+    "entropy": {"actions": spaces.Discrete(3), "ent_coef": 0.3},
+    "gSDE": {"actions": MATRIX, "use_sde": True, "ent_coef": 0.3},
+    "unequal": {
+        "actions": spaces.Discrete(3),
+        "policy_kwargs": {"net_arch": {"pi": [5], "vf": [7, 6, 5]}, "activation_fn": nn.ReLU},
+    },
+}
+
+
+@pytest.mark.usefixtures("double_precision")
+@pytest.mark.parametrize("kwargs", CASES.values(), ids=CASES)
+@either_engine
+def test_equals_a2c_of_one_step_with_sgd(kwargs: dict[str, Any], engine: bool) -> None:
+    given = {"learning_rate": 0.05, "gamma": 0.9, "seed": 0, "policy_kwargs": SMALL, "n_envs": 2, **kwargs}
+    actions, n_envs = given.pop("actions"), given.pop("n_envs")
+    given["policy_kwargs"] = {**given["policy_kwargs"], **SGD}
+    ours = AC("MlpPolicy", walks(actions, n_envs), engine=engine, **given)
+    own = {"n_steps": 1, "max_grad_norm": 1e9, "use_rms_prop": False, "rollout_buffer_class": InDouble}
+    theirs = A2C("MlpPolicy", walks(actions, n_envs), **own, **given)
+    for model in (ours, theirs):
+        model.set_logger(Logger(None, []))
+        model.policy.double()
+    th.testing.assert_close(flat(ours.policy), flat(theirs.policy), rtol=0, atol=0)
+    before = flat(ours.policy)
+    for update in range(20):
+        for model in (ours, theirs):
+            th.manual_seed(update)
+            model.learn(n_envs, reset_num_timesteps=False)
+        assert ours.num_timesteps == theirs.num_timesteps == n_envs * (update + 1)
+        assert ours._n_updates == theirs._n_updates
+        th.testing.assert_close(flat(ours.policy), flat(theirs.policy), rtol=0, atol=1e-10)
+    assert not th.allclose(flat(ours.policy), before)
+
+
+@pytest.mark.usefixtures("double_precision")
+@either_engine
+def test_equals_a2c_over_many_steps(engine: bool) -> None:
+    """Nothing is left over from one step to the next, and the random numbers are drawn alike."""
+    given = {"learning_rate": 0.02, "gamma": 0.9, "seed": 0, "policy_kwargs": {**SMALL, **SGD}}
+    ours = AC("MlpPolicy", walks(spaces.Discrete(3)), engine=engine, **given)
+    own = {"n_steps": 1, "max_grad_norm": 1e9, "use_rms_prop": False, "rollout_buffer_class": InDouble}
+    theirs = A2C("MlpPolicy", walks(spaces.Discrete(3)), **own, **given)
+    for model in (ours, theirs):
+        model.policy.double()
+        th.manual_seed(0)
+        model.learn(1200)
+    th.testing.assert_close(flat(ours.policy), flat(theirs.policy), rtol=0, atol=1e-8)
+
+
+@either_engine
+def test_images_have_features_for_each_network(engine: bool) -> None:
+    """With these, SB3's A2C has the same networks."""
+    given = {"seed": 0, "learning_rate": 0.01, "policy_kwargs": {**SMALL, **SGD, "share_features_extractor": False}}
+    policy = make(RandomEnv(IMAGE, spaces.Discrete(3)), "CnnPolicy").policy
+    assert policy.pi_features_extractor is not policy.vf_features_extractor
+    ours = AC("CnnPolicy", RandomEnv(IMAGE, spaces.Discrete(3)), engine=engine, **given).learn(3)
+    own = {"n_steps": 1, "max_grad_norm": 1e9, "use_rms_prop": False}
+    theirs = A2C("CnnPolicy", RandomEnv(IMAGE, spaces.Discrete(3)), **own, **given).learn(3)
+    th.testing.assert_close(flat(ours.policy), flat(theirs.policy), rtol=0, atol=1e-5)
+
+
+# One step by hand
+
+
+class TwoStates(gym.Env):
+    """(1, 2), then (2, 4) with reward 1, where the episode may end."""
+
+    observation_space = spaces.Box(-9, 9, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+
+    def __init__(self, terminated: bool = False, truncated: bool = False) -> None:
+        self.ends = terminated, truncated
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        return np.array([1, 2], np.float32), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return np.array([2, 4], np.float32), 1.0, *self.ends, {}
+
+
+@either_engine
+@pytest.mark.parametrize(
+    ("ends", "delta"), [((False, False), 1.4), ((True, False), 0.5), ((False, True), 1.4)], ids=["goes on", "ends", "is cut"]
+)
+def test_temporal_difference(ends: tuple[bool, bool], delta: float, engine: bool) -> None:
+    """V = 0.5, V' = 1 and 0.5 again in the next episode: only the episode's own last state gives 1.4 where it is cut."""
+    model = make(TwoStates(*ends), gamma=0.9, learning_rate=0.1, policy_kwargs={"net_arch": [], **SGD}, engine=engine)
+    value, actor = model.policy.value_net, model.policy.action_net
+    value.weight.data[:] = th.tensor([[0.1, 0.2]])
+    value.bias.data.zero_()
+    actor.weight.data.zero_()
+    actor.bias.data.zero_()
+    model.learn(1, log_interval=None)  # the log is still there then
+    step = 0.1 * delta
+    np.testing.assert_allclose(value.weight.detach().numpy(), [[0.1 + step, 0.2 + 2 * step]], rtol=1e-5)
+    assert value.bias.item() == pytest.approx(step, rel=1e-5)
+    taken = int(model.rollout_buffer.actions[0, 0, 0])
+    expected = step * (np.eye(2)[taken] - 0.5)
+    np.testing.assert_allclose(actor.bias.detach().numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(actor.weight.detach().numpy(), np.outer(expected, [1, 2]), rtol=1e-5)
+    assert model.logger.name_to_value["train/critic_loss"] == pytest.approx(delta**2 / 2, rel=1e-5)
+    assert model.logger.name_to_value["train/actor_loss"] == pytest.approx(delta * np.log(2), rel=1e-5)
+
+
+def step_for(model: Any, rows: int = 2, weight: float = 1.0, seed: int = 3) -> Step:
+    """A step of random numbers for `_update`, as the model takes it now."""
+    numbers, space = np.random.default_rng(seed), model.action_space
+    actions = numbers.uniform(-1, 1, (rows, int(np.prod(space.shape))))
+    if isinstance(space, spaces.Discrete):
+        actions = numbers.integers(space.n, size=(rows, 1))
+    columns = numbers.normal(size=(rows, *model.observation_space.shape)), actions, numbers.normal(size=rows)
+    model._begin_updates()
+    return Step(*map(model._learner.array, (*columns, np.full(rows, weight))))
+
+
+def doubled(model: Any) -> Any:
+    model.policy.double()
+    return model
+
+
+def groups(policy: Any) -> dict[str, th.Tensor]:
+    """The parameters of actor and critic."""
+    parameters = {"actor": policy.policy_parameters(), "critic": policy.value_parameters()}
+    return {name: th.cat([p.detach().flatten() for p in own]).clone() for name, own in parameters.items()}
+
+
+def moved(model: Any, **kwargs: Any) -> dict[str, th.Tensor]:
+    """What an update changes."""
+    before = groups(doubled(model).policy)
+    model._update(step_for(model, **kwargs))
+    return {name: after - before[name] for name, after in groups(model.policy).items()}
+
+
+VARIANTS = {"v": {}, "q": {"critic": "q"}, "deterministic": DETERMINISTIC}
+
+
+@pytest.mark.usefixtures("double_precision")
+@pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS)
+@either_engine
+def test_weight_is_the_actors_alone(kwargs: dict[str, Any], engine: bool) -> None:
+    steps = []
+    for weight in (1.0, 0.25):
+        model = make(
+            make_vec_env(lambda: RandomEnv(BOX, CONTINUOUS), 2), policy_kwargs={**SMALL, **SGD}, engine=engine, **kwargs
+        )
+        steps.append(moved(model, weight=weight))
+    assert steps[0]["actor"].norm() > 0 and steps[0]["critic"].norm() > 0
+    th.testing.assert_close(steps[1]["actor"], 0.25 * steps[0]["actor"], rtol=0, atol=1e-12)
+    th.testing.assert_close(steps[1]["critic"], steps[0]["critic"])
+
+
+def seen(model: Any, steps: int, rounds: int = 1) -> list[Step]:
+    """What `_update` is given."""
+    taken: list[Step] = []
+    original = model._update
+    model._update = lambda step: taken.append(step) or original(step)
+    for i in range(rounds):
+        model.learn(steps, reset_num_timesteps=i == 0)
+    return taken
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_weights_start_anew_with_each_episode(weighted: bool) -> None:
+    """In each environment by itself, and across calls of `learn`."""
+    env = DummyVecEnv([lambda: ScriptedEnv(3), lambda: ScriptedEnv(2)])
+    steps = seen(make(env, gamma=0.5, gamma_t_weight=weighted), 4, rounds=3)
+    weights = np.array([step.weights for step in steps])
+    first, second = ([1, 0.5, 0.25, 1, 0.5, 0.25], [1, 0.5, 1, 0.5, 1, 0.5])
+    np.testing.assert_array_equal(weights.T, [first, second] if weighted else np.ones((2, 6)))
+
+
+@pytest.mark.usefixtures("double_precision")
+@pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS)
+def test_mean_over_environments(kwargs: dict[str, Any]) -> None:
+    policy_kwargs = {**SMALL, **SGD}
+    both = doubled(make(make_vec_env(lambda: RandomEnv(BOX, CONTINUOUS), 2), policy_kwargs=policy_kwargs, **kwargs))
+    step, before = step_for(both), groups(both.policy)
+    both._update(step)
+    expected = {name: th.zeros_like(value) for name, value in before.items()}
+    for i in range(2):
+        alone = doubled(make(policy_kwargs=policy_kwargs, **kwargs))
+        alone._begin_updates()
+        alone._update(step.of(i))
+        expected = {name: total + (groups(alone.policy)[name] - before[name]) / 2 for name, total in expected.items()}
+    for name, after in groups(both.policy).items():
+        th.testing.assert_close(after - before[name], expected[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("double_precision")
+@pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS)
+def test_rates_and_bounds_of_each_network(kwargs: dict[str, Any]) -> None:
+    own = {"policy_kwargs": {**SMALL, **SGD}, **kwargs}
+    env = make_vec_env(lambda: RandomEnv(BOX, CONTINUOUS), 2)
+    free = moved(make(env, learning_rate=0.1, **own))
+    actor_still = moved(make(env, learning_rate=0.1, actor_learning_rate=0.0, **own))
+    critic_half = moved(make(env, learning_rate=0.1, critic_learning_rate=0.05, **own))
+    bounded = moved(make(env, learning_rate=1.0, max_grad_norm={"critic": 1e-3}, **own))
+    assert not actor_still["actor"].any()
+    th.testing.assert_close(actor_still["critic"], free["critic"])
+    th.testing.assert_close(critic_half["actor"], free["actor"])
+    th.testing.assert_close(2 * critic_half["critic"], free["critic"])
+    assert bounded["critic"].norm().item() == pytest.approx(1e-3, rel=1e-2)
+    th.testing.assert_close(bounded["actor"], 10 * free["actor"])
+
+
+# Q critics
+
+
+class Copies(BaseCallback):
+    """The policy before the update of each step."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.first = copy.deepcopy(model.policy)
+        self.policies: list[Any] = []
+
+    def _on_step(self) -> bool:
+        self.policies.append(copy.deepcopy(self.first))
+        self.policies[-1].load_state_dict(self.model.policy.state_dict())
+        return True
+
+
+def replayed(model: Any, policy: Any, t: int, actions: np.ndarray, next_actions: np.ndarray) -> Any:
+    """The policy after the update of step t, by autograd from what the buffer holds of it."""
+    buffer = model.rollout_buffer
+    obs, rewards = th.as_tensor(buffer.observations[t]), th.as_tensor(buffer.rewards[t])
+    new_obs = th.as_tensor(buffer.observations[t + 1])
+    ended = th.as_tensor(buffer.episode_starts[t + 1])
+    chosen = th.as_tensor(actions).double()
+    chosen = chosen.long().flatten() if isinstance(model.action_space, spaces.Discrete) else chosen
+    with th.no_grad():
+        target = rewards + model.gamma * (1 - ended) * policy.action_values(new_obs, th.as_tensor(next_actions)).flatten()
+    q = policy.action_values(obs, chosen).flatten()
+    critic = th.autograd.grad(0.5 * ((q - target) ** 2).mean(), policy.value_parameters())
+    if model.deterministic_policy:
+        loss = -policy.action_values(obs, policy.action(obs)).mean()
+    else:
+        loss = -(policy.get_distribution(obs).log_prob(chosen) * q.detach()).mean()
+    actor = th.autograd.grad(loss, policy.policy_parameters())
+    with th.no_grad():
+        for parameter, gradient in zip(
+            [*policy.value_parameters(), *policy.policy_parameters()], [*critic, *actor], strict=True
+        ):
+            parameter -= model.learning_rate * gradient
+    return policy
+
+
+@pytest.mark.usefixtures("double_precision")
+@pytest.mark.parametrize(
+    ("actions", "kwargs"),
+    [
+        (spaces.Discrete(3), {}),
+        (spaces.Box(-1, 2, (2,), np.float64), {}),
+        (spaces.MultiBinary(2), {}),
+        (spaces.Box(-1, 3, (2,), np.float64), {"deterministic_policy": True}),
+        (spaces.Box(-1, 3, (2,), np.float64), {"deterministic_policy": True, "exploration_std": 0.3}),
+    ],
+    ids=["discrete", "box", "multibinary", "deterministic", "deterministic with noise"],
+)
+@either_engine
+def test_sarsa_step_by_step(actions: spaces.Space, kwargs: dict[str, Any], engine: bool) -> None:
+    """The target is that of the action which is taken next; actor and critic move from the same point."""
+    own = {"policy_kwargs": {**SMALL, **SGD}, "learning_rate": 0.1, "gamma": 0.9, "engine": engine, "critic": "q"}
+    model = make(walks(actions, truncates=False), **own, **kwargs)
+    model.policy.double()
+    copies = Copies(model)
+    model.learn(2 * 10, callback=copies)
+    taken = model.rollout_buffer.actions
+    assert model.rollout_buffer.episode_starts[1:10].any()
+    for t in range(9):
+        expected = replayed(model, copies.policies[t], t, taken[t], taken[t + 1])
+        th.testing.assert_close(flat(copies.policies[t + 1]), flat(expected), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("actions", [spaces.Discrete(1), CONTINUOUS], ids=["one action", "deterministic"])
+@either_engine
+def test_sarsa_of_a_truncated_episode_is_at_its_last_state(actions: spaces.Space, engine: bool) -> None:
+    """Where there is only one action to be drawn."""
+
+    class Cut(RandomEnv):
+        def step(self, action: Any) -> Any:
+            obs, *_ = super().step(action)
+            self.last = obs
+            return obs, 1.0, False, True, {}
+
+    kwargs = {"deterministic_policy": True} if isinstance(actions, spaces.Box) else {}
+    env = Cut(BOX, actions)
+    model = make(env, critic="q", gamma=0.9, engine=engine, **kwargs)
+    policy = copy.deepcopy(model.policy)
+    (step,) = seen(model, 1)
+    with th.no_grad():
+        last = th.as_tensor(env.last)[None]
+        action = policy.action(last) if kwargs else th.zeros(1, dtype=th.long)
+        expected = 1 + 0.9 * policy.action_values(last, action).flatten()
+    th.testing.assert_close(th.as_tensor(step.targets), expected)
+
+
+def test_deterministic_gradient_by_hand() -> None:
+    """Q(s, a) = 3 a with mu(s) = tanh(w s + b): the actor climbs by dmu/dw dQ/da, whatever was done."""
+    env = RandomEnv(spaces.Box(-1, 1, (1,), np.float32), spaces.Box(-1, 1, (1,), np.float32))
+    model = make(env, policy_kwargs={"net_arch": [], **SGD}, learning_rate=0.1, **DETERMINISTIC)
+    for module, weight in ((model.policy.action_net, [[0.5]]), (model.policy.value_net, [[0.0, 3.0]])):
+        module.weight.data[:] = th.tensor(weight)
+        module.bias.data.zero_()
+    model._begin_updates()
+    state, done, target = (th.tensor(x) for x in ([[2.0]], [[-0.9]], [1.0]))
+    model._update(Step(state, done, target, th.ones(1)))
+    slope = 1 - np.tanh(1.0) ** 2
+    assert model.policy.action_net.weight.item() == pytest.approx(0.5 + 0.1 * 3 * 2 * slope, rel=1e-5)
+    error = 1.0 - 3 * -0.9
+    np.testing.assert_allclose(
+        model.policy.value_net.weight.detach().numpy(), [[0.1 * error * 2, 3 - 0.1 * error * 0.9]], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("std", [0.0, 0.5])
+def test_deterministic_policy_acts_as_it_says(std: float) -> None:
+    """Scaled to the range of the actions; noise in training only."""
+    seen_actions = []
+
+    class Watched(RandomEnv):
+        def step(self, action: Any) -> Any:
+            seen_actions.append(action)
+            return super().step(action)
+
+    model = make(Watched(BOX, CONTINUOUS), learning_rate=0.0, exploration_std=std, **DETERMINISTIC)
+    model.learn(400)
+    stored = model.rollout_buffer.actions[:400, 0]
+    assert np.abs(stored).max() <= 1
+    low, high = CONTINUOUS.low, CONTINUOUS.high
+    np.testing.assert_allclose(seen_actions, low + (stored + 1) / 2 * (high - low), atol=1e-6)
+    predicted = np.stack([model.predict(obs[0])[0] for obs in model.rollout_buffer.observations[:400]])
+    difference = stored - (2 * (predicted - low) / (high - low) - 1)
+    if std:
+        inside = np.abs(stored).max(axis=1) < 1
+        assert 0.3 < difference[inside].std() < 0.5
+    else:
+        np.testing.assert_allclose(difference, 0, atol=1e-5)
+
+
+def test_deterministic_policy_learns_what_pays() -> None:
+    class Target(RandomEnv):
+        def step(self, action: Any) -> Any:
+            obs, *_ = super().step(action)
+            return obs, -float((action[0] - 0.5) ** 2), True, False, {}
+
+    env = make_vec_env(lambda: Target(BOX, spaces.Box(-1, 1, (1,), np.float32)), 8)
+    model = make(env, exploration_std=0.4, learning_rate=5e-3, **DETERMINISTIC).learn(8 * 600)
+    actions = model.predict(np.stack([BOX.sample() for _ in range(50)]))[0]
+    assert np.abs(actions - 0.5).mean() < 0.12
+
+
+def test_q_policies_take_actions_one_hot() -> None:
+    model = make(RandomEnv(BOX, spaces.MultiDiscrete([3, 2])), critic="q", policy_kwargs={"net_arch": {"pi": [8], "vf": [7]}})
+    policy = model.policy
+    assert type(policy) is QMlpPolicy
+    assert policy.mlp_extractor.value_net[0].weight.shape == (7, 4 + 5)
+    obs, actions = th.randn(2, 4), th.tensor([[2, 0], [1, 1]])
+    inputs = th.cat([obs, th.tensor([[0, 0, 1, 1, 0], [0, 1, 0, 0, 1.0]])], dim=1)
+    expected = policy.value_net(policy.mlp_extractor.value_net(inputs))
+    th.testing.assert_close(policy.action_values(obs, actions), expected)
+    values, _, _ = policy.evaluate_actions(obs, actions)
+    th.testing.assert_close(values, expected)
+    chosen, values, _ = policy(obs, deterministic=True)
+    th.testing.assert_close(values, policy.action_values(obs, chosen))
+    th.testing.assert_close(policy.predict_values(obs), values)
+
+
+@pytest.mark.parametrize(("policy", "space"), [("MlpPolicy", BOX), ("CnnPolicy", IMAGE), ("MultiInputPolicy", DICT)])
+@pytest.mark.parametrize("kwargs", [{"critic": "q"}, DETERMINISTIC], ids=["q", "deterministic"])
+def test_q_policies_for_every_observation(policy: str, space: spaces.Space, kwargs: dict[str, Any], tmp_path: Any) -> None:
+    env = RandomEnv(space, CONTINUOUS)
+    model = make(env, policy, **kwargs).learn(8)
+    assert isinstance(model.policy, DeterministicMlpPolicy if "deterministic_policy" in kwargs else QMlpPolicy)
+    assert not set(map(id, model.policy.policy_parameters())) & set(map(id, model.policy.value_parameters()))
+    trained = sum(p.numel() for p in (*model.policy.policy_parameters(), *model.policy.value_parameters()))
+    assert trained == sum(p.numel() for p in model.policy.parameters())
+    model.save(tmp_path / "model")
+    loaded = AC.load(tmp_path / "model", env=env)
+    assert type(loaded.policy) is type(model.policy)
+    obs = space.sample()
+    np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
+    model.policy.save(tmp_path / "policy")
+    again = type(model.policy).load(tmp_path / "policy")
+    np.testing.assert_array_equal(again.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
+
+
+# Traces
+
+
+class Reference:
+    """Section 13.6 of Sutton and Barto for each environment by itself, by autograd."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.traces: list[dict[str, Any]] = [{"actor": 0.0, "critic": 0.0, "I": 1.0} for _ in range(model.n_envs)]
+
+    def step(self, policy: Any, t: int) -> dict[str, th.Tensor]:
+        """Actor's and critic's parameters after step t, ``policy`` being the one before its update."""
+        model, buffer = self.model, self.model.rollout_buffer
+        parameters = {"actor": policy.policy_parameters(), "critic": policy.value_parameters()}
+        lambdas = {"actor": model.actor_trace_lambda, "critic": model.critic_trace_lambda}
+        changes = {name: th.zeros_like(th.cat([p.flatten() for p in own])) for name, own in parameters.items()}
+        for i, trace in enumerate(self.traces):
+            if buffer.episode_starts[t, i]:
+                trace.update(actor=0.0, critic=0.0, I=1.0)
+            obs, new_obs = (th.as_tensor(buffer.observations[k, i : i + 1]) for k in (t, t + 1))
+            action = th.as_tensor(buffer.actions[t, i : i + 1]).long().flatten()
+            distribution = policy.get_distribution(obs)
+            outputs = {"actor": distribution.log_prob(action).sum(), "critic": policy.predict_values(obs).sum()}
+            with th.no_grad():
+                ended = buffer.episode_starts[t + 1, i]
+                delta = buffer.rewards[t, i] + model.gamma * (1 - ended) * policy.predict_values(new_obs).item()
+                delta = delta - outputs["critic"].item()
+            entropy = policy.get_distribution(obs).entropy().sum()
+            for name, own in parameters.items():
+                gradient = th.cat([g.flatten() for g in th.autograd.grad(outputs[name], own, retain_graph=True)])
+                weight = trace["I"] if name == "actor" else 1.0
+                trace[name] = model.gamma * lambdas[name] * trace[name] + weight * gradient
+                changes[name] += delta * trace[name] / model.n_envs
+            bonus = th.cat([g.flatten() for g in th.autograd.grad(entropy, parameters["actor"])])
+            changes["actor"] += model.ent_coef * bonus / model.n_envs
+            trace["I"] *= model.gamma if model.gamma_t_weight else 1.0
+        return {n: th.cat([p.detach().flatten() for p in own]) + 0.1 * changes[n] for n, own in parameters.items()}
+
+
+@pytest.mark.usefixtures("double_precision")
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"actor_trace_lambda": 0.5, "critic_trace_lambda": 0.8},
+        {"actor_trace_lambda": 0.9, "gamma_t_weight": True, "ent_coef": 0.3},
+        {"critic_trace_lambda": 1.0},
+    ],
+    ids=["both", "actor", "critic"],
+)
+@either_engine
+def test_traces_step_by_step(kwargs: dict[str, Any], engine: bool) -> None:
+    own = {"policy_kwargs": {**SMALL, **SGD}, "learning_rate": 0.1, "gamma": 0.9, "engine": engine}
+    env = walks(spaces.Discrete(3), truncates=False)
+    env.venv.envs[1].t = 2  # its episodes end at other times
+    model = make(env, **own, **kwargs)
+    model.policy.double()
+    copies, reference = Copies(model), Reference(model)
+    model.learn(2 * 12, callback=copies)
+    for t in range(11):
+        expected = reference.step(copies.policies[t], t)
+        th.testing.assert_close(groups(copies.policies[t + 1]), expected, rtol=0, atol=1e-7)
+
+
+@either_engine
+def test_traces_with_adam_and_images(engine: bool) -> None:
+    """Gradients end up where Adam reads them."""
+    model = make(RandomEnv(IMAGE, spaces.Discrete(3)), "CnnPolicy", critic_trace_lambda=0.5, ent_coef=0.1, engine=engine)
+    before = groups(model.policy)
+    model.learn(3)
+    for name, after in groups(model.policy).items():
+        assert not th.equal(after, before[name])
+    adam = [make(engine=engine, **kwargs).learn(20) for kwargs in ({"actor_trace_lambda": 1e-12}, {})]
+    th.testing.assert_close(flat(adam[0].policy), flat(adam[1].policy), rtol=1e-3, atol=1e-5)
+
+
+def test_traces_of_a_q_critic_are_those_of_sarsa() -> None:
+    """lambda only matters behind the first step of an episode."""
+    both = [
+        make(ScriptedEnv(3), critic="q", critic_trace_lambda=value, policy_kwargs={**SMALL, **SGD}, learning_rate=0.01)
+        for value in (1e-9, 0.9)
+    ]
+    for model in both:
+        th.manual_seed(0)
+        model.learn(1)
+    th.testing.assert_close(flat(both[0].policy), flat(both[1].policy))
+    for model in both:
+        th.manual_seed(1)
+        model.learn(1, reset_num_timesteps=False)
+    first, second = (groups(model.policy) for model in both)
+    th.testing.assert_close(first["actor"], second["actor"])
+    assert not th.allclose(first["critic"], second["critic"])
+
+
+# Steps
+
+
+class Counter(BaseCallback):
+    """What SB3's callbacks look at."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        super().__init__()
+        self.stop_at, self.rollouts, self.updates = stop_at, 0, []
+
+    def _on_rollout_start(self) -> None:
+        self.rollouts += 1
+
+    def _on_step(self) -> bool:
+        names = {"new_obs", "rewards", "dones", "infos", "actions", "clipped_actions", "values", "log_probs", "obs_tensor"}
+        assert names <= set(self.locals)
+        self.updates.append(self.model._n_updates)
+        return self.n_calls != self.stop_at
+
+
+@pytest.mark.parametrize(("n_envs", "steps", "taken"), [(1, 7, 7), (2, 7, 8), (1, 1003, 1003)])
+def test_as_many_steps_as_were_asked_for(n_envs: int, steps: int, taken: int) -> None:
+    counter = Counter()
+    model = make(make_vec_env(lambda: RandomEnv(BOX, CONTINUOUS), n_envs)).learn(steps, callback=counter)
+    assert model.num_timesteps == taken
+    assert model._n_updates == taken // n_envs
+    assert counter.updates == list(range(taken // n_envs))  # each before the update of its step
+    assert counter.rollouts == 1 + steps // 501
+
+
+def test_stops_where_a_callback_says_so() -> None:
+    model = make().learn(100, callback=Counter(stop_at=12))
+    assert (model.num_timesteps, model._n_updates) == (12, 11)
+
+
+def test_follows_a_policy_that_is_changed_on_the_way() -> None:
+    class Move(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 10:
+                net = self.model.policy.action_net
+                net.bias.data = th.tensor([50.0, 0.0])
+            return True
+
+    model = make(RandomEnv(BOX, spaces.Discrete(2)), learning_rate=1e-5)
+    model.learn(60, callback=Move())
+    assert not model.rollout_buffer.actions[10:60].any()
+    assert model.policy.action_net.bias[0].item() == pytest.approx(50, abs=0.1)
+    assert model._descents["actor"].flat.holds(model._descents["actor"].parameters)
+
+
+@either_engine
+def test_layers_act_and_train_in_their_own_mode(engine: bool) -> None:
+    modes: list[tuple[bool, bool]] = []
+
+    class Noted(FlattenExtractor):
+        def forward(self, observations: th.Tensor) -> th.Tensor:
+            modes.append((self.training, th.is_grad_enabled()))
+            return super().forward(observations)
+
+    policy_kwargs = {**SMALL, "features_extractor_class": Noted}
+    make(policy_kwargs=policy_kwargs, engine=engine).learn(3)
+    assert all(training == with_gradient for training, with_gradient in modes)
+    assert {True, False} == {training for training, _ in modes}
+
+
+def test_logged_quantities() -> None:
+    model = make(learning_rate="lin_1e-3", critic_learning_rate=2e-3).learn(600, log_interval=None)
+    logged = model.logger.name_to_value
+    names = {"actor_loss", "critic_loss", "entropy_loss", "actor_grad_norm", "critic_grad_norm", "std", "n_updates"}
+    assert {f"train/{name}" for name in names} <= set(logged)
+    assert "train/explained_variance" not in logged
+    assert logged["train/n_updates"] == 600
+    assert logged["train/critic_learning_rate"] == 2e-3
+    assert logged["train/learning_rate"] == pytest.approx(1e-3 * (1 - 500 / 600))
+    assert {"train/actor_loss", "train/critic_loss"} <= set(
+        make(**DETERMINISTIC).learn(5, log_interval=None).logger.name_to_value
+    )
+
+
+def test_engine_report() -> None:
+    report = make().engine_report()
+    assert (report["acting"], report["rollout"]) == ("numpy", "a step at a time")
+    assert make(critic="q").engine_report()["acting"] == "PyTorch: the policy is a QMlpPolicy"
+    assert make(engine=False).engine_report()["critic update"] == "PyTorch: engine=False"
+
+
+# What is not finite
+
+
+class Broken(RandomEnv):
+    """Gives NaN in the tenth step."""
+
+    def __init__(self, what: str, action_space: spaces.Space) -> None:
+        super().__init__(BOX, action_space)
+        self.what, self.steps = what, 0
+
+    def step(self, action: Any) -> Any:
+        obs, reward, *rest = super().step(np.clip(np.nan_to_num(action), -1, 1) if self.action_space == CONTINUOUS else action)
+        self.steps += 1
+        if self.steps >= 10:
+            obs, reward = (np.full_like(obs, np.nan), reward) if self.what == "observation" else (obs, np.nan)
+        return obs, reward, *rest
+
+
+@pytest.mark.parametrize("actions", [spaces.Discrete(2), spaces.Box(-1, 1, (2,), np.float32)], ids=["discrete", "box"])
+@pytest.mark.parametrize("what", ["observation", "reward"])
+@either_engine
+def test_an_environment_that_gives_nan_is_named(actions: spaces.Space, what: str, engine: bool) -> None:
+    envs = [lambda: RandomEnv(BOX, actions), lambda: Broken(what, actions)]
+    model = make(DummyVecEnv(envs), engine=engine)
+    with pytest.raises(NonFiniteError, match=rf"environment 1 gave a non-finite {what}"):
+        model.learn(2000)
+    assert model.num_timesteps < 30
+
+
+@pytest.mark.parametrize("actions", [spaces.Discrete(2), CONTINUOUS], ids=["discrete", "box"])
+@pytest.mark.parametrize(("network", "net"), [("actor", "action_net"), ("critic", "value_net")])
+@either_engine
+def test_a_network_that_becomes_nan_is_named(actions: spaces.Space, network: str, net: str, engine: bool) -> None:
+    class Break(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 10:
+                getattr(self.model.policy, net).bias.data[0] = float("nan")
+            return True
+
+    model = make(RandomEnv(BOX, actions), engine=engine)
+    with pytest.raises(
+        NonFiniteError, match=rf"AC: the parameters of the {network if network == 'actor' else '(actor|critic)'}"
+    ):
+        model.learn(2000, callback=Break())
+    assert model.num_timesteps < 30
