@@ -1,0 +1,94 @@
+"""Joint transitions: what all agents saw and did, and what each got."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_ac_ext.maddpg.spaces import JointBox
+
+REWARDS, TERMINATED, ACTIVE = "agent_rewards", "agent_terminated", "agent_active"
+"""Where a step's info has them, see `JointEnv`."""
+
+
+class JointTransitions(NamedTuple):
+    """A batch of B transitions of N agents; each row is one step of one environment for all of them."""
+
+    observations: th.Tensor
+    """``(B, ...)`` o of all agents."""
+    actions: th.Tensor
+    """``(B, A)`` a of all agents: Box actions scaled to [-1, 1], Discrete ones as one-hots."""
+    next_observations: th.Tensor
+    """``(B, ...)`` o' of all agents, the episode's last one where it ended."""
+    dones: th.Tensor
+    """``(B, N)`` 1 where the step terminated the agent's episode, 0 where it goes on or was truncated."""
+    rewards: th.Tensor
+    """``(B, N)`` r of each agent."""
+    active: th.Tensor
+    """``(B, N)`` 1 where the agent acted, 0 where its episode was over already."""
+
+
+class JointReplayBuffer(ReplayBuffer):
+    """
+    SB3's replay buffer with rewards and ends of each agent, which it takes from the infos of a `JointEnv`.
+
+    Of an ordinary environment, the environment's are those of the only agent.
+
+    :param args: SB3's
+    :param kwargs: SB3's
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.joint = isinstance(self.action_space, JointBox)
+        agents = len(self.action_space.parts) if isinstance(self.action_space, JointBox) else 1
+        shape = (self.buffer_size, self.n_envs, agents)
+        self.agent_rewards, self.agent_terminated = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self.agent_active = np.zeros(shape, np.float32)
+
+    def add(
+        self,
+        obs: np.ndarray,
+        next_obs: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        done: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """
+        See SB3's ``ReplayBuffer.add``.
+
+        :raises ValueError: if infos of a joint environment lack what belongs to single agents
+        """
+        row = self.pos
+        super().add(obs, next_obs, action, reward, done, infos)
+        if self.joint:
+            try:
+                self.agent_rewards[row] = [info[REWARDS] for info in infos]
+                self.agent_terminated[row] = [info[TERMINATED] for info in infos]
+                self.agent_active[row] = [info[ACTIVE] for info in infos]
+            except KeyError as error:
+                raise ValueError(f"a wrapper must leave {error} in the info of a JointEnv, got {list(infos[0])}") from None
+        else:
+            self.agent_rewards[row, :, 0] = self.rewards[row]
+            self.agent_terminated[row, :, 0] = self.dones[row] * (1 - self.timeouts[row])
+            self.agent_active[row] = 1
+
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> JointTransitions:  # type: ignore[override]
+        places = batch_inds, np.random.randint(0, high=self.n_envs, size=(len(batch_inds),))  # noqa: NPY002 (SB3's stream)
+        if self.optimize_memory_usage:
+            next_observations = self.observations[(batch_inds + 1) % self.buffer_size, places[1]]
+        else:
+            next_observations = self.next_observations[places]
+        rewards = self.agent_rewards[places]
+        data = (
+            self._normalize_obs(self.observations[places], env),
+            self.actions[places],
+            self._normalize_obs(next_observations, env),
+            self.agent_terminated[places],
+            rewards if self.joint else self._normalize_reward(rewards, env),
+            self.agent_active[places],
+        )
+        return JointTransitions(*map(self.to_torch, data))

@@ -1,0 +1,239 @@
+"""The agents' actors and critics, each kind as one module."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BaseModel
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+
+from sb3_ac_ext.common.fused_mlp import FusedMLP
+from sb3_ac_ext.functional.gumbel import gumbel_noise, gumbel_one_hot, one_hot_argmax
+from sb3_ac_ext.maddpg.groups import Groups, evaluate
+from sb3_ac_ext.maddpg.spaces import Layout, size
+
+
+@dataclass(frozen=True)
+class Head:
+    """Neighbouring agents whose outputs become actions in the same way."""
+
+    columns: slice
+    """Of the joint action."""
+    agents: int
+    choices: int
+    """Of each one's Discrete actions; 0 for a Box."""
+
+
+def heads(layout: Layout) -> list[Head]:
+    """
+    :param layout: the agents
+    :return: the heads, in their order
+    """
+    found = []
+    for choices, neighbours in groupby(range(len(layout)), key=lambda agent: layout.choices[agent]):
+        own = list(neighbours)
+        found.append(Head(slice(layout.actions[own[0]].start, layout.actions[own[-1]].stop), len(own), choices))
+    return found
+
+
+class JointModel(BaseModel):
+    """
+    What actors and critics have in common.
+
+    :param observation_space: of all agents
+    :param action_space: of all agents
+    :param net_arch: hidden layers of each network
+    :param features_extractor: flattens, and has no parameters
+    :param features_dim: number of features of all agents
+    :param activation_fn: activation function
+    :param normalize_images: whether images are divided by 255
+    :param groups: agents that share parameters
+    """
+
+    features_extractor: BaseFeaturesExtractor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        net_arch: Sequence[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        normalize_images: bool = True,
+        *,
+        groups: Groups,
+    ) -> None:
+        super().__init__(
+            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
+        )
+        self.layout = Layout.of(observation_space, action_space)
+        self.net_arch, self.activation_fn = list(net_arch), activation_fn
+        self.features_dim = features_dim
+        self.groups = groups
+
+    def networks(self) -> list[list[FusedMLP]]:
+        """For each group the networks that its agents share."""
+        raise NotImplementedError
+
+    def network_parameters(self) -> list[list[nn.Parameter]]:
+        """The parameters of each group, which no other group has."""
+        return [[parameter for mlp in own for parameter in mlp.parameters()] for own in self.networks()]
+
+
+class JointActor(JointModel):
+    """
+    mu_i(o_i) of every agent.
+
+    :param args: `JointModel`'s
+    :param temperature: of the Gumbel-softmax
+    :param kwargs: `JointModel`'s
+    """
+
+    own: th.Tensor
+    """``(N, 1, A)`` whether a column of the joint action is the agent's."""
+    continuous: th.Tensor
+    """``(A,)`` 1 where a column is a Box action's, 0 where it is of a one-hot."""
+
+    def __init__(self, *args: Any, temperature: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.temperature = temperature
+        self.heads = heads(self.layout)
+        columns = th.arange(self.layout.action_dim)
+        own = [(columns >= part.start) & (columns < part.stop) for part in self.layout.actions]
+        self.register_buffer("own", th.stack(own).unsqueeze(1), persistent=False)
+        box = [th.full((size(part),), float(n == 0)) for part, n in zip(self.layout.actions, self.layout.choices, strict=True)]
+        self.register_buffer("continuous", th.cat(box), persistent=False)
+        self.mu = nn.ModuleList(self._network(group[0]) for group in self.groups)
+
+    def _network(self, agent: int) -> FusedMLP:
+        inputs, outputs = size(self.layout.observations[agent]), size(self.layout.actions[agent])
+        return FusedMLP(*create_mlp(inputs, outputs, self.net_arch, self.activation_fn))
+
+    def networks(self) -> list[list[FusedMLP]]:
+        """See `JointModel.networks`."""
+        return [[mlp] for mlp in self.mu]  # type: ignore[list-item]
+
+    def by_agent(self, joint: th.Tensor) -> list[th.Tensor]:
+        """
+        :param joint: ``(B, A)``
+        :return: for each agent ``(B, A_i)``
+        """
+        return [joint[:, columns] for columns in self.layout.actions]
+
+    def outputs(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: ``(B, ...)`` o of all agents
+        :return: ``(B, A)`` what `act` makes actions of: each agent's depends on its own observation only
+        """
+        features = self.extract_features(obs, self.features_extractor)
+        mlps = [mlp for own in self.networks() for mlp in own]
+        (found,) = evaluate([mlps], self.groups, [features[:, columns] for columns in self.layout.observations])
+        return th.cat(found, dim=1)
+
+    def act(self, outputs: th.Tensor, deterministic: bool = False) -> th.Tensor:
+        """
+        :param outputs: ``(B, A)`` of the networks: logits of Discrete actions, Box actions before tanh
+        :param deterministic: whether a Discrete action is the most probable one instead of a draw
+        :return: ``(B, A)`` a of all agents, as the replay buffer has them; a draw's gradient is the straight-through one
+        """
+        parts = [self._act(head, outputs[:, head.columns], deterministic) for head in self.heads]
+        return parts[0] if len(parts) == 1 else th.cat(parts, dim=1)
+
+    def _act(self, head: Head, outputs: th.Tensor, deterministic: bool) -> th.Tensor:
+        if not head.choices:
+            return th.tanh(outputs)
+        logits = outputs.reshape(len(outputs), head.agents, head.choices)
+        actions = one_hot_argmax(logits) if deterministic else gumbel_one_hot(logits, gumbel_noise(logits), self.temperature)
+        return actions.reshape(outputs.shape)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        :param obs: ``(B, ...)`` o of all agents
+        :param deterministic: as in `act`
+        :return: ``(B, A)`` a of all agents
+        """
+        return self.act(self.outputs(obs), deterministic)
+
+
+class JointCritic(JointModel):
+    """
+    Q_i(o_1 .. o_N, a_1 .. a_N) of every agent i, or Q_i(o_i, a_i).
+
+    Agents that share a critic see the joint vectors with their own part in the place of the group's first agent and that one's
+    in theirs, so that the critic knows whose value it is asked for.
+
+    :param args: `JointModel`'s
+    :param n_critics: K, streams of each agent
+    :param centralised: whether each critic sees all agents
+    :param share_features_extractor: without meaning, there is nothing to share
+    :param kwargs: `JointModel`'s
+    """
+
+    def __init__(
+        self, *args: Any, n_critics: int, centralised: bool, share_features_extractor: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        views = [self._view(agent, centralised) for agent in range(len(self.layout))]
+        everything = list(range(self.features_dim + self.layout.action_dim))
+        self.sees_all_in_order = all(view == everything for view in views)
+        """Whether all agents' critics have the same input."""
+        for agent, view in enumerate([] if self.sees_all_in_order else views):
+            self.register_buffer(f"view{agent}", th.tensor(view), persistent=False)
+        self.streams = [f"qf{k}" for k in range(n_critics)]
+        for name in self.streams:
+            mlps = (create_mlp(len(views[group[0]]), 1, self.net_arch, self.activation_fn) for group in self.groups)
+            self.add_module(name, nn.ModuleList(FusedMLP(*mlp) for mlp in mlps))
+
+    def _view(self, agent: int, centralised: bool) -> list[int]:
+        """The columns of joint features and actions that the agent's critic sees, in its order."""
+        agents = [agent]
+        if centralised:
+            first = next(group[0] for group in self.groups if agent in group)
+            agents = list(range(len(self.layout)))
+            agents[first], agents[agent] = agent, first
+        features, actions = np.arange(self.features_dim), self.features_dim + np.arange(self.layout.action_dim)
+        parts = [features[self.layout.observations[i]] for i in agents] + [actions[self.layout.actions[i]] for i in agents]
+        return [int(column) for part in parts for column in part]
+
+    def networks(self) -> list[list[FusedMLP]]:
+        """See `JointModel.networks`."""
+        return [list(own) for own in zip(*(getattr(self, name) for name in self.streams), strict=True)]
+
+    def _inputs(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor | list[th.Tensor]:
+        features = self.extract_features(obs, self.features_extractor)
+        if actions.dim() == 3:
+            features = features.expand(len(actions), *features.shape)
+        joint = th.cat([features, actions], dim=-1)  # (B, D) or (N, B, D)
+        if self.sees_all_in_order:
+            return joint
+        return [(joint[i] if joint.dim() == 3 else joint)[:, getattr(self, f"view{i}")] for i in range(len(self.layout))]
+
+    def _values(self, streams: list[str], obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        networks = [list(getattr(self, name)) for name in streams]
+        return tuple(th.cat(own, dim=1) for own in evaluate(networks, self.groups, self._inputs(obs, actions)))
+
+    def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        """
+        :param obs: ``(B, ...)`` o of all agents
+        :param actions: ``(B, A)`` a of all agents
+        :return: of each stream ``(B, N)`` Q of all agents
+        """
+        return self._values(self.streams, obs, actions)
+
+    def q1_forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        The first stream alone, for the actors' losses.
+
+        :param obs: ``(B, ...)`` o of all agents
+        :param actions: ``(N, B, A)`` for each agent's critic a of all agents
+        :return: ``(B, N)`` Q of all agents
+        """
+        (q,) = self._values(self.streams[:1], obs, actions)
+        return q
