@@ -1,11 +1,17 @@
 """Actor-critic algorithms for Stable-Baselines3, trained with RL Zoo."""
 
+from sb3_ac_ext.ac import AC
+from sb3_ac_ext.acktr import ACKTR
 from sb3_ac_ext.ddpgx import DDPGX
+from sb3_ac_ext.maddpg import MADDPG
+from sb3_ac_ext.ppox import PPOX
+from sb3_ac_ext.reinforce import Reinforce
 from sb3_ac_ext.sacx import SACX
 from sb3_ac_ext.td3x import TD3X
+from sb3_ac_ext.trpox import TRPOX
 
 __version__ = "0.1.0"
-__all__ = ["DDPGX", "SACX", "TD3X"]
+__all__ = ["AC", "ACKTR", "DDPGX", "MADDPG", "PPOX", "SACX", "TD3X", "TRPOX", "Reinforce"]
 
 try:
     import _sb3_ac_ext_hook

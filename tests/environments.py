@@ -36,9 +36,10 @@ class ScriptedEnv(gym.Env):
 
 
 class RandomEnv(gym.Env):
-    """Random observations of any space; episodes of 7 steps."""
+    """Random observations of any space; episodes of `length` steps."""
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    length = 7
 
     def __init__(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
         self.observation_space = observation_space
@@ -55,7 +56,7 @@ class RandomEnv(gym.Env):
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
         assert self.action_space.contains(action), (action, self.action_space)
         self.t += 1
-        return self.observation_space.sample(), float(np.sum(action)), self.t % 7 == 0, False, {}
+        return self.observation_space.sample(), float(np.sum(action)), self.t % self.length == 0, False, {}
 
 
 BOX = spaces.Box(-1, 1, (4,), np.float32)

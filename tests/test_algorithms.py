@@ -1,5 +1,6 @@
 """What every algorithm of the registry must do; a new row gets these tests."""
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -7,32 +8,67 @@ import pytest
 import torch as th
 from environments import BOX, CONTINUOUS, DICT, IMAGE, RandomEnv, ScriptedEnv
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize, VecTransposeImage
 
-from sb3_ac_ext.common.typing import CommonKwargs, OffPolicyKwargs, constructor_keys
+from sb3_ac_ext.common.typing import CommonKwargs, constructor_keys
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
 SMALL = {"net_arch": [8, 8]}
 OFF_POLICY = {"learning_starts": 10, "batch_size": 4, "buffer_size": 200}
+ON_POLICY = {"n_steps": 4, "batch_size": 4, "n_epochs": 2, "rollout_episodes": 1, "max_rollout_steps": 200}
+"""So far as an algorithm has them; what is learned in total below are multiples of these rollouts."""
 
 every_algorithm = pytest.mark.parametrize("spec", ALGORITHMS, ids=lambda spec: spec.name)
 every_off_policy_algorithm = pytest.mark.parametrize(
     "spec", [spec for spec in ALGORITHMS if issubclass(spec.cls, OffPolicyAlgorithm)], ids=lambda spec: spec.name
 )
 
+every_on_policy_algorithm = pytest.mark.parametrize(
+    "spec", [spec for spec in ALGORITHMS if issubclass(spec.cls, OnPolicyAlgorithm)], ids=lambda spec: spec.name
+)
+
+
+@pytest.fixture(autouse=True)
+def short_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the rollouts, for those that are whole episodes."""
+    monkeypatch.setattr(RandomEnv, "length", ON_POLICY["n_steps"])
+
+
+def with_policy(policy: str) -> Any:
+    """The off-policy algorithms that have a policy of this name, for a parametrisation."""
+    specs = [spec for spec in ALGORITHMS if issubclass(spec.cls, OffPolicyAlgorithm) and policy in spec.cls.policy_aliases]
+    return pytest.mark.parametrize("spec", specs, ids=lambda spec: spec.name)
+
+
+def need(spec: AlgoSpec, policy: str) -> None:
+    """Skip an algorithm that has no policy of this name."""
+    if policy not in spec.cls.policy_aliases:
+        pytest.skip(f"{spec.name} has no {policy}")
+
 
 def make(spec: AlgoSpec, env: Any, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
-    own = OFF_POLICY if issubclass(spec.cls, OffPolicyAlgorithm) else {}
+    small = OFF_POLICY if issubclass(spec.cls, OffPolicyAlgorithm) else ON_POLICY
+    own = {name: value for name, value in small.items() if name in constructor_keys(spec.cls)}
     return spec.cls(policy, env, **{"policy_kwargs": SMALL, "seed": 0, **own, **kwargs})
 
 
 def parameters(model: Any) -> th.Tensor:
     return th.cat([value.flatten().float() for value in model.policy.state_dict().values()])
+
+
+@every_algorithm
+def test_policies(spec: AlgoSpec) -> None:
+    """The joint observations of several agents are neither images nor dicts."""
+    missing = {"CnnPolicy", "MultiInputPolicy"} if spec.name == "maddpg" else set()
+    assert set(spec.cls.policy_aliases) == {"MlpPolicy", "CnnPolicy", "MultiInputPolicy"} - missing
 
 
 @every_algorithm
@@ -51,6 +87,7 @@ def parameters(model: Any) -> th.Tensor:
 )
 @pytest.mark.parametrize("n_envs", [1, 2])
 def test_observation_spaces(spec: AlgoSpec, policy: str, space: spaces.Space, n_envs: int) -> None:
+    need(spec, policy)
     env = make_vec_env(lambda: RandomEnv(space, CONTINUOUS), n_envs=n_envs)
     model = make(spec, env, policy)
     before = parameters(model)
@@ -78,6 +115,22 @@ def test_action_spaces(spec: AlgoSpec, space: spaces.Box) -> None:
     assert action.shape == space.shape
     assert (action >= space.low).all()
     assert (action <= space.high).all()
+
+
+@every_on_policy_algorithm
+@pytest.mark.parametrize(
+    "space",
+    [spaces.Discrete(3), spaces.MultiDiscrete([3, 2]), spaces.MultiBinary(3)],
+    ids=["discrete", "multidiscrete", "multibinary"],
+)
+@pytest.mark.parametrize(("policy", "observations"), [("MlpPolicy", BOX), ("CnnPolicy", IMAGE)], ids=["mlp", "cnn"])
+def test_actions_that_are_choices(spec: AlgoSpec, space: spaces.Space, policy: str, observations: spaces.Space) -> None:
+    model = make(spec, RandomEnv(observations, space), policy)
+    before = parameters(model)
+    model.learn(20)
+    assert not th.equal(parameters(model), before)
+    action, _ = model.predict(observations.sample())
+    assert space.contains(action.astype(space.dtype) if isinstance(space, spaces.MultiBinary) else action)
 
 
 @every_algorithm
@@ -127,6 +180,7 @@ def test_predict_shapes_and_errors(spec: AlgoSpec) -> None:
 
 @every_algorithm
 def test_predict_takes_images_in_either_channel_order(spec: AlgoSpec) -> None:
+    need(spec, "CnnPolicy")
     last = spaces.Box(0, 255, (36, 36, 3), np.uint8)
     model = make(spec, RandomEnv(last, CONTINUOUS), "CnnPolicy")
     assert isinstance(model.env, VecTransposeImage)
@@ -194,7 +248,7 @@ def test_set_env(spec: AlgoSpec) -> None:
         model.set_env(ScriptedEnv())
 
 
-@every_off_policy_algorithm
+@with_policy("MultiInputPolicy")
 def test_her(spec: AlgoSpec) -> None:
     env = BitFlippingEnv(n_bits=3, continuous=True)
     model = make(
@@ -220,22 +274,60 @@ def test_train_freq(spec: AlgoSpec, train_freq: Any) -> None:
     assert model._n_updates == 28
 
 
-@every_off_policy_algorithm
+SET_BY_SUBCLASSES = {"support_multi_env", "monitor_wrapper", "sde_support", "supported_action_spaces"}
+"""What SB3's base class is told by the algorithms, and users do not choose."""
+ONLY_SDE = {"use_sde", "sde_sample_freq", "use_sde_at_warmup"}
+
+
+def arguments_of_sb3(spec: AlgoSpec) -> frozenset[str]:
+    """What the SB3 class lets users choose; its base class knows gSDE, which it is for the subclass to take up."""
+    keys = constructor_keys(spec.cls.sb3_class)  # type: ignore[attr-defined]
+    if spec.cls.sb3_class is OnPolicyAlgorithm:  # type: ignore[attr-defined]  # which has no defaults
+        return frozenset()
+    return keys - SET_BY_SUBCLASSES - ONLY_SDE if spec.cls.sb3_class is OffPolicyAlgorithm else keys  # type: ignore[attr-defined]
+
+
+def shared_arguments(spec: AlgoSpec) -> frozenset[str]:
+    """Those that the class documents in a TypedDict, with others of its kind."""
+    *_, kwargs = inspect.signature(spec.cls.__init__).parameters.values()
+    return frozenset(kwargs.annotation.__args__[0].__optional_keys__)
+
+
+OUR_OWN = {
+    OffPolicyAlgorithm: {"max_grad_norm", "exploration_noise", "warmup", "engine"},
+    OnPolicyAlgorithm: {"rollout", "rollout_episodes", "drop_unfinished_episodes", "engine"},
+}
+"""Of the arguments that the algorithms of a kind share."""
+
+
+@every_algorithm
 def test_documented_arguments_are_sb3s_and_our_own(spec: AlgoSpec) -> None:
-    theirs = constructor_keys(spec.cls.sb3_class)  # type: ignore[attr-defined]
+    theirs = arguments_of_sb3(spec)
     ours = constructor_keys(spec.cls)
     assert theirs <= ours
-    shared = frozenset(OffPolicyKwargs.__optional_keys__)
-    theirs |= constructor_keys(OffPolicyAlgorithm)  # SB3's DDPG does not pass on stats_window_size
+    shared = shared_arguments(spec)
+    kind = OffPolicyAlgorithm if issubclass(spec.cls, OffPolicyAlgorithm) else OnPolicyAlgorithm
+    theirs |= constructor_keys(kind)  # SB3's DDPG does not pass on stats_window_size
     assert shared <= ours
-    assert shared - theirs == {"max_grad_norm", "exploration_noise", "warmup", "engine"}
+    assert shared - theirs == OUR_OWN[kind] & shared
+    if kind is OffPolicyAlgorithm or spec.cls.sb3_class is not kind:  # type: ignore[attr-defined]
+        assert OUR_OWN[kind] <= shared
     assert frozenset(CommonKwargs.__optional_keys__) <= theirs
 
 
-@every_off_policy_algorithm
+@every_algorithm
 def test_arguments_keep_sb3s_defaults(spec: AlgoSpec) -> None:
-    env = RandomEnv(BOX, CONTINUOUS)
-    ours, theirs = spec.cls("MlpPolicy", env), spec.cls.sb3_class("MlpPolicy", env)  # type: ignore[attr-defined]
-    for name in constructor_keys(spec.cls.sb3_class) - {"policy", "env"}:  # type: ignore[attr-defined]
+    env = TimeLimit(RandomEnv(BOX, CONTINUOUS), 9)
+    ours = spec.cls("MlpPolicy", env)
+    names = arguments_of_sb3(spec) - {"policy", "env"}
+    if spec.cls.sb3_class is OffPolicyAlgorithm:  # type: ignore[attr-defined]  # no algorithm by itself: no rate, no buffer yet
+        theirs = OffPolicyAlgorithm(type(ours.policy), env, 0.0, sde_support=False)
+        theirs._convert_train_freq()
+        names -= {"learning_rate", "replay_buffer_class"}
+    elif names:
+        theirs = spec.cls.sb3_class("MlpPolicy", env)  # type: ignore[attr-defined]
+    for name in names:
         name = {"stats_window_size": "_stats_window_size"}.get(name, name)
-        assert getattr(ours, name) == getattr(theirs, name), name
+        values = (getattr(model, name) for model in (ours, theirs))
+        own, other = (value(1.0) if isinstance(value, FloatSchedule) else value for value in values)
+        assert own == other, name

@@ -1,5 +1,6 @@
 """Saving and loading: exact continuation, whole files, SB3's zips and buffers, nothing restored too early."""
 
+import copy
 import json
 import zipfile
 from pathlib import Path
@@ -21,21 +22,28 @@ from stable_baselines3.td3.policies import CnnPolicy, TD3Policy
 
 import sb3_ac_ext.ddpgx
 import sb3_ac_ext.td3x
-from sb3_ac_ext import DDPGX, TD3X
+from sb3_ac_ext import DDPGX, PPOX, TD3X
 from sb3_ac_ext.common.checkpoint import atomic_file, random_state, set_random_state
+from sb3_ac_ext.common.typing import constructor_keys
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
 SMALL = {"net_arch": [8, 8]}
 LENGTH = 5
+OFF_POLICY = {"learning_starts": 10, "batch_size": 4, "buffer_size": 100}
+ON_POLICY = {"n_steps": LENGTH, "batch_size": LENGTH, "n_epochs": 2, "rollout_episodes": 1, "max_rollout_steps": LENGTH}
+"""So far as an algorithm has them; a rollout ends with an episode."""
 
-every_off_policy_algorithm = pytest.mark.parametrize(
-    "spec", [spec for spec in ALGORITHMS if issubclass(spec.cls, OffPolicyAlgorithm)], ids=lambda spec: spec.name
-)
+every_algorithm = pytest.mark.parametrize("spec", ALGORITHMS, ids=lambda spec: spec.name)
+
+
+def is_off_policy(cls: Any) -> bool:
+    return issubclass(cls, OffPolicyAlgorithm)
 
 
 def make(cls: Any = TD3X, env: Any = None, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
-    own = {"policy_kwargs": SMALL, "seed": 0, "learning_starts": 10, "batch_size": 4, "buffer_size": 100}
-    kwargs = {**own, **kwargs}
+    small = OFF_POLICY if is_off_policy(cls) else ON_POLICY
+    own = {name: value for name, value in small.items() if name in constructor_keys(cls)}
+    kwargs = {"policy_kwargs": SMALL, "seed": 0, **own, **kwargs}
     kwargs["policy_kwargs"] = {**kwargs["policy_kwargs"]}  # SB3's DDPG writes into it
     return cls(policy, env or scripted(), **kwargs)
 
@@ -63,6 +71,26 @@ def assert_same(ours: Any, theirs: Any) -> None:
     th.testing.assert_close(state(ours), state(theirs), rtol=0, atol=0)
 
 
+def save(model: Any, folder: Path) -> None:
+    """The model and, apart from it, its replay buffer."""
+    model.save(folder / "model")
+    if is_off_policy(type(model)):
+        model.save_replay_buffer(folder / "buffer")
+
+
+def load(cls: Any, folder: Path, **kwargs: Any) -> Any:
+    """What `save` saved."""
+    loaded = cls.load(folder / "model", **kwargs)
+    if is_off_policy(cls):
+        loaded.load_replay_buffer(folder / "buffer")
+    return loaded
+
+
+def actions_of(model: Any) -> np.ndarray:
+    """What was done, as it is stored."""
+    return model.replay_buffer.actions if is_off_policy(type(model)) else model.rollout_buffer.actions
+
+
 def disturb_random_generators() -> None:
     np.random.seed(999)
     th.manual_seed(999)
@@ -81,6 +109,14 @@ EXTRAS = [
 ]
 
 OWN_EXTRAS: dict[str, dict[str, Any]] = {
+    "maddpg": {
+        "exploration_noise": {"type": "ornstein-uhlenbeck", "start": 0.2, "dt": 1.0},
+        "policy_delay": 2,
+        "target_policy_noise": 0.2,
+        "logit_penalty": 0.01,
+        "max_grad_norm": 0.5,
+        "policy_kwargs": {**SMALL, "n_critics": 2},
+    },
     "sacx": {
         "value_network": True,
         "ent_coef": "auto_0.5",
@@ -96,6 +132,36 @@ OWN_EXTRAS: dict[str, dict[str, Any]] = {
         "critic_weight_decay": 0.1,
         "policy_kwargs": {**SMALL, "action_layer": 1, "batch_norm": True, "final_layer_init": 3e-3},
     },
+    "reinforce": {
+        "baseline_learning_rate": "lin_3e-3",
+        "bootstrap_truncated": True,
+        "gamma_t_weight": True,
+        "normalize_advantage": True,
+        "max_grad_norm": {"policy": 0.5},
+        "use_sde": True,
+    },
+    "ac": {
+        "actor_trace_lambda": 0.5,
+        "critic_trace_lambda": 0.9,
+        "gamma_t_weight": True,
+        "critic_learning_rate": "lin_3e-3",
+        "max_grad_norm": {"critic": 0.5},
+        "ent_coef": 0.1,
+        "use_sde": True,
+        "sde_sample_freq": 2,
+    },
+    "ppox": {
+        "surrogate": "penalty",
+        "kl_target": 1e-3,
+        "kl_coef": 2.0,
+        "kl_stop": 0.05,
+        "kl_stop_scope": "policy",
+        "separate_phases": True,
+        "value_learning_rate": "lin_3e-3",
+        "max_grad_norm": {"policy": 0.5},
+        "use_sde": True,
+        "sde_sample_freq": 2,
+    },
 }
 """By the algorithm that alone has them."""
 
@@ -108,13 +174,17 @@ def by_own_names(spec: AlgoSpec, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**shared, "q_a_learning_rate": 3e-3, "max_grad_norm": {"q_b": 0.5}}
 
 
+def extras(spec: AlgoSpec) -> list[tuple[str, dict[str, Any] | None]]:
+    shared = list(zip(("plain", "ou", "extras"), EXTRAS, strict=True)) if is_off_policy(spec.cls) else [("plain", {})]
+    return [*shared, ("own", OWN_EXTRAS.get(spec.name))]
+
+
 every_algorithm_with_extras = pytest.mark.parametrize(
     ("spec", "kwargs"),
     [
         pytest.param(spec, by_own_names(spec, kwargs), id=f"{spec.name}-{name}")
         for spec in ALGORITHMS
-        if issubclass(spec.cls, OffPolicyAlgorithm)
-        for name, kwargs in [*zip(("plain", "ou", "extras"), EXTRAS, strict=True), ("own", OWN_EXTRAS.get(spec.name))]
+        for name, kwargs in extras(spec)
         if kwargs is not None
     ],
 )
@@ -122,17 +192,20 @@ every_algorithm_with_extras = pytest.mark.parametrize(
 
 @every_algorithm_with_extras
 def test_train_after_load_is_the_uninterrupted_train(spec: AlgoSpec, kwargs: dict[str, Any], tmp_path: Path) -> None:
+    """Given the saved replay buffer, or the rollout."""
+    how = {"gradient_steps": 5, "batch_size": 4} if is_off_policy(spec.cls) else {}
     model = make(spec.cls, **kwargs).learn(21)  # odd: between two delayed actor updates
-    model.save(tmp_path / "model")
-    model.save_replay_buffer(tmp_path / "buffer")
-    model.train(gradient_steps=5, batch_size=4)
+    rollout = copy.deepcopy(getattr(model, "rollout_buffer", None))
+    save(model, tmp_path)
+    model.train(**how)
 
     disturb_random_generators()
-    loaded = spec.cls.load(tmp_path / "model")
-    loaded.load_replay_buffer(tmp_path / "buffer")
+    loaded = load(spec.cls, tmp_path)
+    if rollout is not None:
+        loaded.rollout_buffer = rollout
     loaded.set_logger(Logger(None, []))
     disturb_random_generators()
-    loaded.train(gradient_steps=5, batch_size=4)
+    loaded.train(**how)
     assert_same(loaded, model)
 
 
@@ -145,21 +218,19 @@ def test_learn_after_load_is_the_uninterrupted_learn(
     """The environment resets to one state and its episode ends at the save, so nothing of it needs to be stored."""
     first, second = steps * LENGTH * n_envs, 4 * LENGTH * n_envs
     model = make(spec.cls, scripted(n_envs), **kwargs).learn(first)
-    model.save(tmp_path / "model")
-    model.save_replay_buffer(tmp_path / "buffer")
+    save(model, tmp_path)
     model.learn(second, reset_num_timesteps=False)
 
     disturb_random_generators()
-    loaded = spec.cls.load(tmp_path / "model", env=scripted(n_envs))
-    loaded.load_replay_buffer(tmp_path / "buffer")
+    loaded = load(spec.cls, tmp_path, env=scripted(n_envs))
     disturb_random_generators()
     loaded.learn(second, reset_num_timesteps=False)
     assert loaded.num_timesteps == model.num_timesteps == first + second
     assert_same(loaded, model)
-    np.testing.assert_array_equal(loaded.replay_buffer.actions, model.replay_buffer.actions)
+    np.testing.assert_array_equal(actions_of(loaded), actions_of(model))
 
 
-@every_off_policy_algorithm
+@every_algorithm
 def test_saving_does_not_change_the_run(spec: AlgoSpec, tmp_path: Path) -> None:
     models = [make(spec.cls, scripted()) for _ in range(2)]
     for model, saves in zip(models, (False, True), strict=True):
@@ -172,7 +243,7 @@ def test_saving_does_not_change_the_run(spec: AlgoSpec, tmp_path: Path) -> None:
     assert_same(*models)
 
 
-@every_off_policy_algorithm
+@every_algorithm
 def test_a_loaded_model_saved_again_keeps_its_place(spec: AlgoSpec, tmp_path: Path) -> None:
     model = make(spec.cls).learn(20)
     model.save(tmp_path / "first")
@@ -184,7 +255,7 @@ def test_a_loaded_model_saved_again_keeps_its_place(spec: AlgoSpec, tmp_path: Pa
     assert states[0] == states[1]
 
 
-@every_off_policy_algorithm
+@every_algorithm
 def test_random_states_wait_until_training_goes_on(spec: AlgoSpec, tmp_path: Path) -> None:
     model = make(spec.cls, seed=None).learn(20)
     model.save(tmp_path / "model")
@@ -196,22 +267,24 @@ def test_random_states_wait_until_training_goes_on(spec: AlgoSpec, tmp_path: Pat
     loaded.predict(np.zeros(2, np.float32))
     assert np.random.random() == expected
     first_draws = []
+    at_once = {"learning_starts": 0} if is_off_policy(spec.cls) else {}
     for seed in (1, 2):  # a run from zero goes on with the current streams
-        loaded = spec.cls.load(tmp_path / "model", env=scripted(), learning_starts=0)
+        loaded = spec.cls.load(tmp_path / "model", env=scripted(), **at_once)
         np.random.seed(seed)
+        th.manual_seed(seed)
         loaded.action_noise = OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1))
-        first_draws.append(loaded.learn(1).replay_buffer.actions[0].item())
+        first_draws.append(actions_of(loaded.learn(1))[0].item())
         assert loaded._random_state is None
     assert first_draws[0] != first_draws[1]
 
 
-@every_off_policy_algorithm
+@every_algorithm
 def test_a_seed_given_to_load_starts_its_own_stream(spec: AlgoSpec, tmp_path: Path) -> None:
     make(spec.cls).learn(20).save(tmp_path / "model")
     runs = []
     for seed in (7, 7, 8):
         loaded = spec.cls.load(tmp_path / "model", env=scripted(), seed=seed)
-        runs.append(loaded.learn(30, reset_num_timesteps=False).replay_buffer.actions)
+        runs.append(actions_of(loaded.learn(30, reset_num_timesteps=False)))
     np.testing.assert_array_equal(runs[0], runs[1])
     assert not np.array_equal(runs[0], runs[2])
 
@@ -237,13 +310,12 @@ def test_atomic_file_keeps_the_old_one_when_writing_fails(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
-@every_off_policy_algorithm
+@every_algorithm
 def test_save_is_atomic(spec: AlgoSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(spec.cls)
-    model.save(tmp_path / "model")
-    model.save_replay_buffer(tmp_path / "buffer")
+    save(model, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert {path.name for path in before} == {"model.zip", "buffer.pkl"}
+    assert {path.name for path in before} == ({"model.zip", "buffer.pkl"} if is_off_policy(spec.cls) else {"model.zip"})
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("disk full")
@@ -252,8 +324,9 @@ def test_save_is_atomic(spec: AlgoSpec, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sb3_ac_ext.common.off_policy, "save_to_pkl", fail)
     with pytest.raises(OSError, match="disk full"):
         model.save(tmp_path / "model")
-    with pytest.raises(OSError, match="disk full"):
-        model.save_replay_buffer(tmp_path / "buffer")
+    if is_off_policy(spec.cls):
+        with pytest.raises(OSError, match="disk full"):
+            model.save_replay_buffer(tmp_path / "buffer")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -277,11 +350,14 @@ def test_saves_to_an_open_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cls", "own"), [(TD3X, {}), (DDPGX, {**OWN_EXTRAS["ddpgx"], "policy_kwargs": SMALL})], ids=["td3x", "ddpgx"]
+    ("cls", "own"),
+    [(TD3X, EXTRAS[2]), (DDPGX, {**EXTRAS[2], **OWN_EXTRAS["ddpgx"], "policy_kwargs": SMALL}), (PPOX, OWN_EXTRAS["ppox"])],
+    ids=["td3x", "ddpgx", "ppox"],
 )
 def test_stored_arguments_are_json(cls: Any, own: dict[str, Any], tmp_path: Path) -> None:
     """SB3 pickles some attributes; ours add none."""
-    kwargs = {**EXTRAS[2], "actor_learning_rate": "lin_1e-4", **own}
+    rate = "actor_learning_rate" if is_off_policy(cls) else "policy_learning_rate"
+    kwargs = {**own, rate: "lin_1e-4"}
     make(cls, **kwargs).learn(20).save(tmp_path / "ours")
     make(cls.sb3_class).learn(20).save(tmp_path / "theirs")
     pickled = []
@@ -403,16 +479,17 @@ def test_buffer_saved_inside_the_zip(tmp_path: Path) -> None:
         np.testing.assert_array_equal(loaded.replay_buffer.actions, model.replay_buffer.actions)
 
 
-@every_off_policy_algorithm
+@every_algorithm
 def test_load_changes_arguments_and_refuses_unknown_ones(spec: AlgoSpec, tmp_path: Path) -> None:
     make(spec.cls).save(tmp_path / "model")
-    loaded = spec.cls.load(tmp_path / "model", env=scripted(), learning_rate=0.0, stats_window_size=7, tau=0.5)
+    loaded = spec.cls.load(tmp_path / "model", env=scripted(), learning_rate=0.0, stats_window_size=7, gamma=0.5)
     assert loaded.lr_schedule(1.0) == 0
     assert loaded.learn(20).ep_info_buffer.maxlen == 7
-    with pytest.raises(TypeError, match=r"load\(\) got an unexpected argument 'taw'; did you mean 'tau'\?"):
-        spec.cls.load(tmp_path / "model", taw=0.5)
-    with pytest.raises(ValueError, match=r"tau must be a number in \[0, 1\], got 2"):
-        spec.cls.load(tmp_path / "model", tau=2)
+    assert loaded.gamma == 0.5
+    with pytest.raises(TypeError, match=r"load\(\) got an unexpected argument 'gama'; did you mean 'gamma'\?"):
+        spec.cls.load(tmp_path / "model", gama=0.5)
+    with pytest.raises(ValueError, match=r"gamma must be a number in \[0, 1\], got 2"):
+        spec.cls.load(tmp_path / "model", gamma=2)
 
 
 def test_buffer_of_another_number_of_environments_is_refused(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ CHECKS = (
     Check("sacx", "Pendulum-v1", -200, reference="sac", logged={"entropy": (-1.3, -0.7), "ent_coef": (0, 0.2)}),
     # recorded at -119 first, then set
     Check("sacx", "Pendulum-v1", -200, options=("-n", "15000", "-params", "value_network:True")),
+    Check("trpox", "CartPole-v1", 475, reference="trpo", options=("-n", "60000")),
+    Check("trpox", "Pendulum-v1", -250, reference="trpo"),
 )
 
 

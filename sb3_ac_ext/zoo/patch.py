@@ -4,6 +4,9 @@ What RL Zoo is told about the package, derived from the registry.
 Each of the Zoo's modules is patched on its own, because the startup hook calls `apply` the moment one has been executed,
 when the others may not exist yet. The Zoo's tables are shared objects and its manager is patched in place, so it does not
 matter who imported them before.
+
+The ids of environments that an extra brings need no patch: importing the registry has given them to Gymnasium, whose table the
+Zoo reads when it is asked for an environment.
 """
 
 import functools

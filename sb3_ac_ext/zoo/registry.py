@@ -8,10 +8,35 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 import sb3_ac_ext
+from sb3_ac_ext.ac import AC
+from sb3_ac_ext.acktr import ACKTR
 from sb3_ac_ext.ddpgx import DDPGX
+from sb3_ac_ext.maddpg import MADDPG
+from sb3_ac_ext.ppox import PPOX
+from sb3_ac_ext.reinforce import Reinforce
 from sb3_ac_ext.sacx import SACX
 from sb3_ac_ext.td3x import TD3X
-from sb3_ac_ext.zoo.samplers import convert_ddpgx, convert_sacx, convert_td3x, sample_ddpgx, sample_sacx, sample_td3x
+from sb3_ac_ext.trpox import TRPOX
+from sb3_ac_ext.zoo.samplers import (
+    convert_ac,
+    convert_acktr,
+    convert_ddpgx,
+    convert_maddpg,
+    convert_ppox,
+    convert_reinforce,
+    convert_sacx,
+    convert_td3x,
+    convert_trpox,
+    sample_ac,
+    sample_acktr,
+    sample_ddpgx,
+    sample_maddpg,
+    sample_ppox,
+    sample_reinforce,
+    sample_sacx,
+    sample_td3x,
+    sample_trpox,
+)
 
 Sampler = Callable[..., dict[str, Any]]
 Converter = Callable[[dict[str, Any]], dict[str, Any]]
@@ -57,4 +82,10 @@ ALGORITHMS: tuple[AlgoSpec, ...] = (
     AlgoSpec(TD3X, sample_td3x, convert_td3x),
     AlgoSpec(DDPGX, sample_ddpgx, convert_ddpgx),
     AlgoSpec(SACX, sample_sacx, convert_sacx),
+    AlgoSpec(PPOX, sample_ppox, convert_ppox),
+    AlgoSpec(TRPOX, sample_trpox, convert_trpox),
+    AlgoSpec(Reinforce, sample_reinforce, convert_reinforce),
+    AlgoSpec(AC, sample_ac, convert_ac),
+    AlgoSpec(MADDPG, sample_maddpg, convert_maddpg),
+    AlgoSpec(ACKTR, sample_acktr, convert_acktr),
 )
