@@ -20,138 +20,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tasks import ENV, TASKS, Task, arguments, hyperparameters, model_for, reference
 
 RESULTS = Path(__file__).parent / "results"
-ENV = "HopperBulletEnv-v0"
 BUSY = 0.6
 """Load average above which nothing is recorded."""
-
-Block = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Task:
-    """Something to time."""
-
-    name: str
-    unit: str
-    per_block: int
-    """Units that one timed block does."""
-    prepare: Callable[[Any, dict[str, Any]], Block]
-    """(class, its arguments) -> what is timed."""
-    sde: bool = False
-    """Whether it is for algorithms only whose file in the Zoo has gSDE."""
-
-
-def model_for(cls: Any, kwargs: dict[str, Any], n_envs: int = 1, steps: int = 1000) -> Any:
-    """
-    :param cls: an algorithm
-    :param kwargs: its arguments
-    :param n_envs: environments
-    :param steps: environment steps already in the buffer, and after which it learns
-    :return: a model past its warm-up
-    """
-    import pybullet_envs_gymnasium  # noqa: F401 (registers the environments)
-    from stable_baselines3.common.env_util import make_vec_env
-
-    env = make_vec_env(ENV, n_envs=n_envs, seed=0)
-    model = cls("MlpPolicy", env, **{**kwargs, "learning_starts": steps, "seed": 0})
-    return model.learn(steps + 8 * n_envs)
-
-
-def without_sde(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The same hyperparameters with independent noise and nothing but the layers' sizes for the policy."""
-    policy_kwargs = kwargs.get("policy_kwargs", {})
-    plain = {"policy_kwargs": {key: value for key, value in policy_kwargs.items() if key == "net_arch"}}
-    return {**{key: value for key, value in kwargs.items() if key != "use_sde"}, **plain}
-
-
-def gradient_steps(net_arch: list[int]) -> Callable[[Any, dict[str, Any]], Block]:
-    """Updates in a row."""
-
-    def prepare(cls: Any, kwargs: dict[str, Any]) -> Block:
-        model = model_for(cls, {**without_sde(kwargs), "policy_kwargs": {"net_arch": net_arch}})
-        return lambda: model.train(gradient_steps=20, batch_size=256)
-
-    return prepare
-
-
-def learning(n_envs: int) -> Callable[[Any, dict[str, Any]], Block]:
-    """Whole ``learn()`` in its learning phase: environment, exploration, replay, updates, logging."""
-
-    def prepare(cls: Any, kwargs: dict[str, Any]) -> Block:
-        model = model_for(cls, {**without_sde(kwargs), "train_freq": 1, "gradient_steps": n_envs}, n_envs)
-        return lambda: model.learn(160, reset_num_timesteps=False)
-
-    return prepare
-
-
-def learning_as_the_zoo(cls: Any, kwargs: dict[str, Any]) -> Block:
-    """Whole ``learn()`` with everything as in the Zoo's file, gSDE included."""
-    model = model_for(cls, kwargs)
-    return lambda: model.learn(160, reset_num_timesteps=False)
-
-
-def predictions(net_arch: list[int]) -> Callable[[Any, dict[str, Any]], Block]:
-    """``predict()`` of one observation."""
-
-    def prepare(cls: Any, kwargs: dict[str, Any]) -> Block:
-        model = model_for(cls, {**without_sde(kwargs), "policy_kwargs": {"net_arch": net_arch}}, steps=100)
-        observation = model.observation_space.sample()
-
-        def block() -> None:
-            for _ in range(500):
-                model.predict(observation, deterministic=True)
-
-        return block
-
-    return prepare
-
-
-TASKS = (
-    Task("gradient step [400, 300]", "ms", 20, gradient_steps([400, 300])),
-    Task("gradient step [256, 256]", "ms", 20, gradient_steps([256, 256])),
-    Task("learn(), 1 environment", "ms", 160, learning(1)),
-    Task("learn(), 8 environments", "ms", 160, learning(8)),
-    Task("learn(), gSDE, every 8 steps", "ms", 160, learning_as_the_zoo, sde=True),
-    Task("predict() [64, 64]", "us", 500, predictions([64, 64])),
-    Task("predict() [400, 300]", "us", 500, predictions([400, 300])),
-)
 SCALE = {"ms": 1e3, "us": 1e6}
-
-
-def hyperparameters(algo: str) -> dict[str, Any]:
-    """
-    :param algo: the Zoo's name of one of ours
-    :return: what its file says of `ENV`, as plain values
-    """
-    import yaml
-
-    from sb3_ac_ext.zoo.registry import data_dir
-
-    values = yaml.safe_load((data_dir("hyperparams") / f"{algo}.yml").read_text())[ENV]
-    return {key: value for key, value in values.items() if key not in ("n_timesteps", "policy", "noise_type")}
-
-
-def arguments(values: dict[str, Any]) -> dict[str, Any]:
-    """
-    :param values: what `hyperparameters` returned
-    :return: arguments of a constructor: noise as an object, a falling learning rate as the constant that it starts from
-    """
-    from stable_baselines3.common.noise import NormalActionNoise
-
-    kwargs = {key: value for key, value in values.items() if key != "noise_std"}
-    kwargs["learning_rate"] = float(str(values["learning_rate"]).removeprefix("lin_"))
-    if "noise_std" in values:
-        kwargs["action_noise"] = NormalActionNoise(np.zeros(3), values["noise_std"] * np.ones(3))
-    return kwargs
 
 
 class Sbx:
@@ -206,14 +85,17 @@ def measure(algo: str, tasks: list[Task], repetitions: int, sbx: str | None) -> 
     from sb3_ac_ext.zoo.registry import ALGORITHMS
 
     (ours,) = (spec.cls for spec in ALGORITHMS if spec.name == algo)
-    classes = {"sb3": ours.sb3_class, "ours": ours}
+    classes = {"sb3": reference(ours), "ours": ours}
+    rows: list[dict[str, Any]] = []
+    if classes["sb3"] is None:
+        print(f"{algo}: SB3 has nothing to compare it with", file=sys.stderr, flush=True)
+        return rows
     values = hyperparameters(algo)
-    rows = []
     for task in tasks:
-        if task.sde and "use_sde" not in values:
+        if not task.applies(ours, values):
             continue
         blocks = {name: task.prepare(cls, arguments(values)) for name, cls in classes.items()}
-        if sbx is not None and task.name.startswith("learn") and not task.sde:
+        if sbx is not None and task.sbx:
             blocks["sbx"] = Sbx(sbx, ours.sb3_class.__name__, values, task)
         for block in blocks.values():
             block()  # caches, and what is chosen at the first call
@@ -233,6 +115,14 @@ def measure(algo: str, tasks: list[Task], repetitions: int, sbx: str | None) -> 
         rows.append(row)
         print(line(row), file=sys.stderr, flush=True)
     return rows
+
+
+def has_sb3_class(algo: str) -> bool:
+    """Whether SB3 has a class with the same arguments."""
+    from sb3_ac_ext.zoo.registry import ALGORITHMS
+
+    (ours,) = (spec.cls for spec in ALGORITHMS if spec.name == algo)
+    return reference(ours) is ours.sb3_class  # type: ignore[attr-defined]
 
 
 def peak_memory(algo: str, which: str) -> float:
@@ -327,7 +217,7 @@ def record(args: argparse.Namespace) -> None:
     passed_on += ["--sbx", args.sbx] if args.sbx else []
     rows = [row for threads in args.threads for row in measure_with_threads(threads, passed_on)]
     print("\n".join(f"{row['threads']} threads  {line(row)}" for row in rows))
-    memory = [measure_memory(algo) for algo in args.algos]
+    memory = [measure_memory(algo) for algo in args.algos if has_sb3_class(algo)]
     print(
         "\n".join(
             f"{row['algo']}: peak memory of training, SB3 {row['sb3']:.0f}, ours {row['ours']:.0f} MiB" for row in memory
