@@ -84,8 +84,8 @@ ALGORITHMS: tuple[AlgoSpec, ...] = (
     AlgoSpec(SACX, sample_sacx, convert_sacx),
     AlgoSpec(PPOX, sample_ppox, convert_ppox),
     AlgoSpec(TRPOX, sample_trpox, convert_trpox),
+    AlgoSpec(ACKTR, sample_acktr, convert_acktr),
     AlgoSpec(Reinforce, sample_reinforce, convert_reinforce),
     AlgoSpec(AC, sample_ac, convert_ac),
     AlgoSpec(MADDPG, sample_maddpg, convert_maddpg),
-    AlgoSpec(ACKTR, sample_acktr, convert_acktr),
 )
