@@ -17,6 +17,7 @@ from torch.distributions import Distribution as TorchDistribution
 from torch.distributions import kl_divergence as torch_kl
 
 from sb3_ac_ext.common.fused_mlp import FusedMLP
+from sb3_ac_ext.functional.action_distributions import Categoricals, Parameters
 from sb3_ac_ext.functional.natural_gradient import (
     Tensors,
     backtracking_line_search,
@@ -26,7 +27,6 @@ from sb3_ac_ext.functional.natural_gradient import (
     fisher_product,
     flatten,
     gaussian_fisher,
-    multi_categorical_fisher,
     natural_step,
     trust_region_scale,
     unflatten,
@@ -211,7 +211,8 @@ def test_products_with_the_fisher_matrix_of_each_distribution(old_first: bool) -
 
     parts = th.cat([distribution.probs for distribution in several_categoricals(LOGITS)], dim=1)
     blocks = [hessian_of_kl(lambda x: Categorical(logits=x), part, old_first) for part in LOGITS[0].split(SIZES)]
-    exact(multi_categorical_fisher(unit, parts.expand(5, 5), SIZES), th.block_diag(*blocks), 1e-12)
+    several = Categoricals(SIZES).fisher(Parameters(parts.log().expand(5, 5)), Parameters(unit))
+    exact(several.outputs, th.block_diag(*blocks), 1e-12)
 
     log_std = th.tensor([-0.7, 0.4], dtype=th.float64)
     statistics = th.cat([LOGITS[0, :2], log_std])
@@ -257,7 +258,7 @@ POLICIES: dict[str, tuple[int, Callable[[th.Tensor], list[TorchDistribution]], C
     "several categoricals": (
         5,
         several_categoricals,
-        lambda out: lambda t: multi_categorical_fisher(t, th.cat([p.softmax(1) for p in out.split(SIZES, 1)], 1), SIZES),
+        lambda out: lambda t: Categoricals(SIZES).fisher(Parameters(out), Parameters(t)).outputs,
     ),
     "Bernoulli": (
         2,

@@ -153,19 +153,6 @@ def categorical_fisher(tangent: Array, probs: Array) -> Array:
     return weighted - probs * weighted.sum(-1)[:, None]
 
 
-def multi_categorical_fisher(tangent: th.Tensor, probs: th.Tensor, sizes: Sequence[int]) -> th.Tensor:
-    """
-    Product with the Fisher matrix of independent categorical distributions in their logits: a block for each.
-
-    :param tangent: ``(B, D)`` direction of the logits, one distribution after the other
-    :param probs: ``(B, D)`` probabilities, which add to 1 within each distribution
-    :param sizes: number of values of each, D together
-    :return: ``(B, D)``
-    """
-    blocks = zip(tangent.split(list(sizes), dim=1), probs.split(list(sizes), dim=1), strict=True)
-    return th.cat([categorical_fisher(*block) for block in blocks], dim=1)
-
-
 def bernoulli_fisher(tangent: Array, probs: Array) -> Array:
     """
     Product with the Fisher matrix of independent Bernoulli variables in their logits, diag(p (1 - p)).
