@@ -38,6 +38,17 @@ CHECKS = (
     Check("sacx", "Pendulum-v1", -200, reference="sac", logged={"entropy": (-1.3, -0.7), "ent_coef": (0, 0.2)}),
     # recorded at -119 first, then set
     Check("sacx", "Pendulum-v1", -200, options=("-n", "15000", "-params", "value_network:True")),
+    Check("reinforce", "CartPole-v1", 450),
+    # recorded at 495 first, then set
+    Check("reinforce", "CartPole-v1", 400, options=("-params", "use_baseline:False")),
+    # recorded at 500 first, then set
+    Check("ac", "CartPole-v1", 450),
+    Check("ppox", "CartPole-v1", 475, reference="ppo"),
+    Check("ppox", "Pendulum-v1", -250, reference="ppo"),
+    # recorded at 500 first, then set
+    Check("ppox", "CartPole-v1", 450, options=("-conf", "zoo_configs/ppox_penalty_cartpole.yml")),
+    Check("acktr", "CartPole-v1", 450, seeds=(0, 1, 2, 3, 4)),
+    Check("acktr", "Acrobot-v1", -100),
     Check("trpox", "CartPole-v1", 475, reference="trpo", options=("-n", "60000")),
     Check("trpox", "Pendulum-v1", -250, reference="trpo"),
 )
