@@ -214,5 +214,4 @@ def time_limit(env: VecEnv) -> int | None:
     :param env: environments
     :return: the most steps of an episode; None if one of them has no ``gymnasium.wrappers.TimeLimit``
     """
-    limits = env.get_attr("_max_episode_steps") if env.has_attr("_max_episode_steps") else [None]
-    return None if None in limits else max(limits)
+    return max(env.get_attr("_max_episode_steps")) if env.has_attr("_max_episode_steps") else None

@@ -1,6 +1,8 @@
 """AC: equal to SB3's A2C with one step, Sarsa and the deterministic gradient step by step, traces, and how it takes steps."""
 
 import copy
+import json
+import zipfile
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -583,6 +585,13 @@ def test_traces_of_a_q_critic_are_those_of_sarsa() -> None:
     assert not th.allclose(first["critic"], second["critic"])
 
 
+def test_traces_are_not_in_a_zip(tmp_path: Any) -> None:
+    """They belong to episodes, and those start anew."""
+    make(critic_trace_lambda=0.5).learn(3).save(tmp_path / "model")
+    data = json.loads(zipfile.ZipFile(tmp_path / "model.zip").read("data"))
+    assert data.keys().isdisjoint({"_weights", "_decays", "_traces"})
+
+
 # Steps
 
 
@@ -611,6 +620,16 @@ def test_as_many_steps_as_were_asked_for(n_envs: int, steps: int, taken: int) ->
     assert model._n_updates == taken // n_envs
     assert counter.updates == list(range(taken // n_envs))  # each before the update of its step
     assert counter.rollouts == 1 + steps // 501
+
+
+@pytest.mark.parametrize(("every", "draws"), [(-1, 1), (4, 1 + 3)])
+def test_noise_of_gsde_is_drawn_as_often_as_was_asked_for(every: int, draws: int) -> None:
+    model = make(use_sde=True, sde_sample_freq=every)
+    drawn = []
+    original = model.policy.reset_noise
+    model.policy.reset_noise = lambda n_envs: drawn.append(n_envs) or original(n_envs)
+    model.learn(10)
+    assert drawn == [1] * draws
 
 
 def test_stops_where_a_callback_says_so() -> None:
@@ -673,18 +692,18 @@ def test_engine_report() -> None:
 
 
 class Broken(RandomEnv):
-    """Gives NaN in the tenth step."""
+    """Takes any action, and gives NaN from the tenth step on."""
 
     def __init__(self, what: str, action_space: spaces.Space) -> None:
         super().__init__(BOX, action_space)
         self.what, self.steps = what, 0
 
     def step(self, action: Any) -> Any:
-        obs, reward, *rest = super().step(np.clip(np.nan_to_num(action), -1, 1) if self.action_space == CONTINUOUS else action)
+        obs, reward, *rest = super().step(self.action_space.sample())
         self.steps += 1
-        if self.steps >= 10:
-            obs, reward = (np.full_like(obs, np.nan), reward) if self.what == "observation" else (obs, np.nan)
-        return obs, reward, *rest
+        if self.steps >= 10 and self.what == "observation":
+            obs = np.full_like(obs, np.nan)
+        return obs, np.nan if self.steps >= 10 and self.what == "reward" else reward, *rest
 
 
 @pytest.mark.parametrize("actions", [spaces.Discrete(2), spaces.Box(-1, 1, (2,), np.float32)], ids=["discrete", "box"])
@@ -698,6 +717,12 @@ def test_an_environment_that_gives_nan_is_named(actions: spaces.Space, what: str
     assert model.num_timesteps < 30
 
 
+@pytest.mark.parametrize("what", ["observation", "reward"])
+def test_nan_of_the_last_step_is_the_environments_too(what: str) -> None:
+    with pytest.raises(NonFiniteError, match=rf"environment 0 gave a non-finite {what}"):
+        make(Broken(what, spaces.Discrete(2))).learn(10)
+
+
 @pytest.mark.parametrize("actions", [spaces.Discrete(2), CONTINUOUS], ids=["discrete", "box"])
 @pytest.mark.parametrize(("network", "net"), [("actor", "action_net"), ("critic", "value_net")])
 @either_engine
@@ -708,7 +733,7 @@ def test_a_network_that_becomes_nan_is_named(actions: spaces.Space, network: str
                 getattr(self.model.policy, net).bias.data[0] = float("nan")
             return True
 
-    model = make(RandomEnv(BOX, actions), engine=engine)
+    model = make(Broken("nothing", actions), engine=engine)
     with pytest.raises(
         NonFiniteError, match=rf"AC: the parameters of the {network if network == 'actor' else '(actor|critic)'}"
     ):
