@@ -10,8 +10,8 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 ENV = "HopperBulletEnv-v0"
-ONLINE = {"AC": A2C}
-"""Those that learn from every step as it is taken, and SB3's class that can be told to."""
+OWN_KIND = {"AC": "online", "ACKTR": "K-FAC"}
+"""Algorithms that are compared with SB3's A2C, and the kind of their tasks."""
 
 Block = Callable[[], None]
 
@@ -27,7 +27,7 @@ class Task:
     prepare: Callable[[Any, dict[str, Any]], Block]
     """(class, its arguments) -> what is timed."""
     kind: str = ""
-    """"on" or "off" policy algorithms only, both if empty; or the "online" ones."""
+    """"on" or "off" policy algorithms only, both if empty; or one of `OWN_KIND`."""
     sde: bool = False
     """Whether it is for algorithms only whose file in the Zoo has gSDE."""
     sbx: bool = False
@@ -41,8 +41,8 @@ class Task:
         """
         if reference(cls) is None:
             return False
-        if cls.__name__ in ONLINE:
-            return self.kind == "online"
+        if cls.__name__ in OWN_KIND:
+            return self.kind == OWN_KIND[cls.__name__]
         kind = "on" if issubclass(cls, OnPolicyAlgorithm) else "off"
         return self.kind in ("", kind) and ("use_sde" in values or not self.sde)
 
@@ -52,7 +52,7 @@ def reference(cls: Any) -> Any:
     :param cls: one of ours
     :return: SB3's class that does the same; None if there is none
     """
-    theirs = ONLINE.get(cls.__name__, cls.sb3_class)
+    theirs = A2C if cls.__name__ in OWN_KIND else cls.sb3_class
     return None if theirs in (OffPolicyAlgorithm, OnPolicyAlgorithm) else theirs
 
 
@@ -147,6 +147,17 @@ def steps_with_updates(cls: Any, kwargs: dict[str, Any]) -> Block:
     return lambda: model.learn(500, reset_num_timesteps=False, log_interval=500 if cls is A2C else 1)
 
 
+def natural_updates(cls: Any, kwargs: dict[str, Any]) -> Block:
+    """Updates of ACKTR against those of A2C on one rollout: 20 steps of 8 environments, [64, 64], both with their defaults."""
+    model = on_policy_model(cls, {"n_steps": 20, "n_envs": 8})
+
+    def block() -> None:
+        for _ in range(50):
+            model.train()
+
+    return block
+
+
 def on_policy_model(cls: Any, kwargs: dict[str, Any]) -> Any:
     """
     :param cls: an on-policy algorithm
@@ -176,6 +187,7 @@ TASKS = (
     Task("train() after it", "ms", 1, updates, "on"),
     Task("learn(), as in the Zoo", "ms", 8192, rollouts_as_the_zoo, "on"),
     Task("learn(), an update a step", "ms", 500, steps_with_updates, "online"),
+    Task("an update of 160 samples", "ms", 50, natural_updates, "K-FAC"),
     Task("predict() [64, 64]", "us", 500, predictions([64, 64])),
     Task("predict() [400, 300]", "us", 500, predictions([400, 300])),
 )
