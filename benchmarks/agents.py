@@ -2,12 +2,12 @@
 What MADDPG costs with 2, 4, 8, 16 agents, on MPESimpleSpread-v3 with the settings of ``hyperparams/maddpg.yml``.
 
     python benchmarks/agents.py                          # 1 and 2 threads
-    python benchmarks/agents.py --threads 1 --agents 3 --agilerl agilerl/bin/python
+    python benchmarks/agents.py --name agents_agilerl --threads 1 --agents 3 --agilerl agilerl/bin/python
 
 Takes the best of several blocks of gradient steps and of ``learn()`` (an update every 100 steps), with the engine on and off,
 with central critics and without. ``--agilerl`` names the interpreter of an environment with AgileRL and mpe2 (``pip install
 agilerl peft mpe2``), whose MADDPG then does the same number of environment steps and updates. Writes
-``benchmarks/results/agents.json`` unless another job keeps the machine busy.
+``benchmarks/results/<name>.json`` unless another job keeps the machine busy.
 """
 
 import argparse
@@ -143,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--name", default="agents", help="of the file in benchmarks/results")
     parser.add_argument("--agents", nargs="+", type=int, default=[2, 4, 8, 16])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--blocks", type=int, default=5)
@@ -180,7 +181,7 @@ def main() -> None:
         "versions": {name: version(name) for name in PACKAGES},
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "agents.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
