@@ -213,7 +213,8 @@ class JointCritic(JointModel):
         joint = th.cat([features, actions], dim=-1)  # (B, D) or (N, B, D)
         if self.sees_all_in_order:
             return joint
-        return [(joint[i] if joint.dim() == 3 else joint)[:, getattr(self, f"view{i}")] for i in range(len(self.layout))]
+        own = joint.unbind() if joint.dim() == 3 else [joint] * len(self.layout)  # not one by one: gradients join once
+        return [part.index_select(1, getattr(self, f"view{i}")) for i, part in enumerate(own)]
 
     def _values(self, streams: list[str], obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         networks = [list(getattr(self, name)) for name in streams]
