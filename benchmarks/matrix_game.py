@@ -117,7 +117,7 @@ def train(seed: int, centralised: bool, steps: int = STEPS) -> dict[str, Any]:
             return True
 
     started = time.time()
-    model = MADDPG("MlpPolicy", MatrixGame(), centralised=centralised, seed=seed, device="cpu", **HYPERPARAMS)  # type: ignore[arg-type]
+    model = MADDPG("MlpPolicy", MatrixGame(), centralised=centralised, seed=seed, device="cpu", **HYPERPARAMS)
     model.learn(steps, callback=Curve())
     return {"seed": seed, "final": evaluate(model), "seconds": round(time.time() - started), **curve}
 

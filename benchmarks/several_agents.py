@@ -49,7 +49,7 @@ def evaluate(env_id: str, model: MADDPG | None) -> dict[str, Any]:
             over = terminated or truncated
         returns.append(info["agent_returns"])
     sums = np.sum(returns, axis=1)
-    names = list(env.observation_space.parts)  # type: ignore[attr-defined]
+    names = list(env.observation_space.parts)
     error = float(sums.std() / np.sqrt(len(sums)))
     return {
         "mean": float(sums.mean()),

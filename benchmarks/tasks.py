@@ -171,7 +171,7 @@ def on_policy_model(cls: Any, kwargs: dict[str, Any]) -> Any:
     own = dict(kwargs)
     env = make_vec_env(ENV, n_envs=own.pop("n_envs", 1), seed=0)
     if own.pop("normalize", False):
-        env = VecNormalize(env)  # type: ignore[assignment]  # a VecEnv too
+        env = VecNormalize(env)
     model = cls("MlpPolicy", env, **own, seed=0, device="cpu")
     return model.learn(model.n_envs * model.n_steps)
 

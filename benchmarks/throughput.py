@@ -122,7 +122,7 @@ def has_sb3_class(algo: str) -> bool:
     from sb3_ac_ext.zoo.registry import ALGORITHMS
 
     (ours,) = (spec.cls for spec in ALGORITHMS if spec.name == algo)
-    return reference(ours) is ours.sb3_class  # type: ignore[attr-defined]
+    return reference(ours) is ours.sb3_class
 
 
 def peak_memory(algo: str, which: str) -> float:

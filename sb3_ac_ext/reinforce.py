@@ -18,7 +18,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ac_ext.common.actor_critic import PARTS, ActorCritic, MlpPolicy, SeparateCnnPolicy, SeparateMultiInputPolicy
+from sb3_ac_ext.common.actor_critic import PARTS, SEPARATE_POLICIES, ActorCritic, MlpPolicy
 from sb3_ac_ext.common.arguments import check_policy_class
 from sb3_ac_ext.common.on_policy import OnPolicyMixin
 from sb3_ac_ext.common.rollouts import Samples, column
@@ -61,11 +61,7 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
     """
 
     sb3_class = OnPolicyAlgorithm
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": MlpPolicy,
-        "CnnPolicy": SeparateCnnPolicy,
-        "MultiInputPolicy": SeparateMultiInputPolicy,
-    }
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = SEPARATE_POLICIES
     rollout_limit = "max_rollout_steps"
     policy: MlpPolicy
 

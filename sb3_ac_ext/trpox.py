@@ -25,7 +25,7 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import nn
 
-from sb3_ac_ext.common.actor_critic import CnnPolicy, Evaluation, MlpPolicy, MultiInputPolicy
+from sb3_ac_ext.common.actor_critic import POLICIES, Evaluation, MlpPolicy
 from sb3_ac_ext.common.checkpoint import split_optimizer_state
 from sb3_ac_ext.common.descent import constant, parameters_of
 from sb3_ac_ext.common.on_policy import OnPolicyMixin
@@ -79,11 +79,7 @@ class TRPOX(OnPolicyMixin, TRPO):
     """
 
     sb3_class = TRPO
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": MlpPolicy,
-        "CnnPolicy": CnnPolicy,
-        "MultiInputPolicy": MultiInputPolicy,
-    }
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICIES
     policy: MlpPolicy
 
     def __init__(
@@ -163,7 +159,7 @@ class TRPOX(OnPolicyMixin, TRPO):
         policy = self.policy
         shared = {id(parameter) for parameter in policy.policy_parameters()}
         own = [parameter for parameter in policy.value_parameters() if id(parameter) not in shared]
-        policy.optimizer = policy.optimizer_class(own, lr=self.lr_schedule(1), **policy.optimizer_kwargs)  # type: ignore[call-arg]
+        policy.optimizer = policy.optimizer_class(own, lr=self.lr_schedule(1), **policy.optimizer_kwargs)  # type: ignore[call-arg]  # rates are the subclasses'
 
     def _optimizers(self) -> dict[str, th.optim.Optimizer]:
         return {"value": self.policy.optimizer}

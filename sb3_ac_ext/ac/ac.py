@@ -26,7 +26,7 @@ from sb3_ac_ext.ac.arguments import check_ac_arguments, fitting_policy
 from sb3_ac_ext.ac.policies import DeterministicMlpPolicy
 from sb3_ac_ext.ac.step import Step, replaced
 from sb3_ac_ext.ac.traces import Traces
-from sb3_ac_ext.common.actor_critic import Evaluation, MlpPolicy, SeparateCnnPolicy, SeparateMultiInputPolicy
+from sb3_ac_ext.common.actor_critic import SEPARATE_POLICIES, Evaluation, MlpPolicy
 from sb3_ac_ext.common.descent import parameters_of
 from sb3_ac_ext.common.on_policy import truncated
 from sb3_ac_ext.common.online import ROLLOUT, OnlineMixin
@@ -70,11 +70,7 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
     """
 
     sb3_class = OnPolicyAlgorithm
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": MlpPolicy,
-        "CnnPolicy": SeparateCnnPolicy,
-        "MultiInputPolicy": SeparateMultiInputPolicy,
-    }
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = SEPARATE_POLICIES
     policy: DeterministicMlpPolicy  # or one that it is derived from, as the arguments ask for
 
     def __init__(

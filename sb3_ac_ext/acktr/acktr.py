@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from sb3_ac_ext.acktr.arguments import check_acktr_arguments, check_shared_arguments
 from sb3_ac_ext.acktr.kfac_optimizer import KFAC, OPTIONS
-from sb3_ac_ext.common.actor_critic import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_ac_ext.common.actor_critic import POLICIES, MlpPolicy
 from sb3_ac_ext.common.descent import backward
 from sb3_ac_ext.common.on_policy import OnPolicyMixin
 from sb3_ac_ext.common.rollouts import Samples
@@ -84,11 +84,7 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
     """
 
     sb3_class = OnPolicyAlgorithm
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": MlpPolicy,
-        "CnnPolicy": CnnPolicy,
-        "MultiInputPolicy": MultiInputPolicy,
-    }
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICIES
     policy: MlpPolicy
 
     def __init__(

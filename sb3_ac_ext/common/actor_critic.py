@@ -8,7 +8,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import obs_as_tensor
@@ -72,7 +72,7 @@ class MlpPolicy(ActorCriticPolicy):
                 "policy_kwargs=dict(share_features_extractor=False), got a shared features extractor"
             )
         self.optimizer, self.value_optimizer = (
-            self.optimizer_class(own, lr=rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
+            self.optimizer_class(own, lr=rate, **self.optimizer_kwargs)  # type: ignore[call-arg]  # rates are the subclasses'
             for own in groups
         )
 
@@ -83,6 +83,10 @@ class CnnPolicy(ForImages, MlpPolicy):
 
 class MultiInputPolicy(ForDicts, MlpPolicy):
     """The policy for Dict observations."""
+
+
+POLICIES: dict[str, type[BasePolicy]] = {"MlpPolicy": MlpPolicy, "CnnPolicy": CnnPolicy, "MultiInputPolicy": MultiInputPolicy}
+"""By the names that the algorithms take."""
 
 
 class SeparateFeatures(MlpPolicy):
@@ -98,6 +102,14 @@ class SeparateCnnPolicy(SeparateFeatures, CnnPolicy):
 
 class SeparateMultiInputPolicy(SeparateFeatures, MultiInputPolicy):
     """The policy for Dict observations, with separate features."""
+
+
+SEPARATE_POLICIES: dict[str, type[BasePolicy]] = {
+    "MlpPolicy": MlpPolicy,
+    "CnnPolicy": SeparateCnnPolicy,
+    "MultiInputPolicy": SeparateMultiInputPolicy,
+}
+"""The same, for algorithms with an optimizer for each network."""
 
 
 class Evaluation(Protocol):

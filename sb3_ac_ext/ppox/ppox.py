@@ -21,7 +21,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from sb3_ac_ext.common.actor_critic import PARTS, CnnPolicy, Evaluation, MlpPolicy, MultiInputPolicy
+from sb3_ac_ext.common.actor_critic import PARTS, POLICIES, Evaluation, MlpPolicy
 from sb3_ac_ext.common.on_policy import OnPolicyMixin
 from sb3_ac_ext.common.rollouts import Samples, minibatches
 from sb3_ac_ext.common.schedules import as_schedule
@@ -90,11 +90,7 @@ class PPOX(OnPolicyMixin, PPO):
     """
 
     sb3_class = PPO
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": MlpPolicy,
-        "CnnPolicy": CnnPolicy,
-        "MultiInputPolicy": MultiInputPolicy,
-    }
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICIES
     joint_optimizers: ClassVar[dict[str, tuple[str, ...]]] = {
         "policy.optimizer": ("policy.optimizer", "policy.value_optimizer"),
     }
@@ -266,7 +262,7 @@ class PPOX(OnPolicyMixin, PPO):
         if self.normalize_advantage and self.normalize_advantage_over == "minibatch":
             advantages = normalized(advantages)
         if self.surrogate == "clip":
-            clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+            clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]  # a schedule
             loss = clipped_surrogate(log_ratio, advantages, clip_range)
             self._means.add("clip_fraction", outside(log_ratio, clip_range))
             slopes = {}
@@ -283,7 +279,7 @@ class PPOX(OnPolicyMixin, PPO):
         if self.clip_range_vf is None:
             loss = squared_error(values, batch.returns)
         else:
-            clip_range = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
+            clip_range = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]  # a schedule
             pessimistic = self.clip_range_vf_mode == "max"
             loss = clipped_squared_error(values, batch.values, batch.returns, clip_range, pessimistic)
             self._means.add("value_clip_fraction", (abs(values - batch.values) > clip_range).sum() / batch.size)
