@@ -17,26 +17,7 @@ from sb3_ac_ext.reinforce import Reinforce
 from sb3_ac_ext.sacx import SACX
 from sb3_ac_ext.td3x import TD3X
 from sb3_ac_ext.trpox import TRPOX
-from sb3_ac_ext.zoo.samplers import (
-    convert_ac,
-    convert_acktr,
-    convert_ddpgx,
-    convert_maddpg,
-    convert_ppox,
-    convert_reinforce,
-    convert_sacx,
-    convert_td3x,
-    convert_trpox,
-    sample_ac,
-    sample_acktr,
-    sample_ddpgx,
-    sample_maddpg,
-    sample_ppox,
-    sample_reinforce,
-    sample_sacx,
-    sample_td3x,
-    sample_trpox,
-)
+from sb3_ac_ext.zoo.samplers import off_policy, on_policy
 
 Sampler = Callable[..., dict[str, Any]]
 Converter = Callable[[dict[str, Any]], dict[str, Any]]
@@ -79,13 +60,13 @@ class AlgoSpec:
 
 
 ALGORITHMS: tuple[AlgoSpec, ...] = (
-    AlgoSpec(TD3X, sample_td3x, convert_td3x),
-    AlgoSpec(DDPGX, sample_ddpgx, convert_ddpgx),
-    AlgoSpec(SACX, sample_sacx, convert_sacx),
-    AlgoSpec(PPOX, sample_ppox, convert_ppox),
-    AlgoSpec(TRPOX, sample_trpox, convert_trpox),
-    AlgoSpec(ACKTR, sample_acktr, convert_acktr),
-    AlgoSpec(Reinforce, sample_reinforce, convert_reinforce),
-    AlgoSpec(AC, sample_ac, convert_ac),
-    AlgoSpec(MADDPG, sample_maddpg, convert_maddpg),
+    AlgoSpec(TD3X, off_policy.sample_td3x, off_policy.convert_td3x),
+    AlgoSpec(DDPGX, off_policy.sample_ddpgx, off_policy.convert_ddpgx),
+    AlgoSpec(SACX, off_policy.sample_sacx, off_policy.convert_sacx),
+    AlgoSpec(PPOX, on_policy.sample_ppox, on_policy.convert_ppox),
+    AlgoSpec(TRPOX, on_policy.sample_trpox, on_policy.convert_trpox),
+    AlgoSpec(ACKTR, on_policy.sample_acktr, on_policy.convert_acktr),
+    AlgoSpec(Reinforce, on_policy.sample_reinforce, on_policy.convert_reinforce),
+    AlgoSpec(AC, on_policy.sample_ac, on_policy.convert_ac),
+    AlgoSpec(MADDPG, off_policy.sample_maddpg, off_policy.convert_maddpg),
 )
