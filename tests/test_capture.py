@@ -1,9 +1,4 @@
-"""
-Recorded updates do what the updates do, checked without a GPU.
-
-`Tape` stands for a CUDA graph: it notes the operations on tensors and their memory, and runs them again on that memory
-without any Python of ours. Where a graph could not be recorded, because a value is fetched from the device, it raises too.
-"""
+"""Recorded updates do what the updates do."""
 
 import copy
 from collections.abc import Callable
@@ -13,69 +8,32 @@ import pytest
 import torch as th
 from environments import BOX, CONTINUOUS, RandomEnv
 from stable_baselines3.common.logger import Logger
-from torch.utils._python_dispatch import TorchDispatchMode
+from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_ac_ext import DDPGX, SACX, TD3X
 from sb3_ac_ext.common.capture import WARM_UP, Capture
 from sb3_ac_ext.common.means import TensorMeans
+from sb3_ac_ext.common.tape import Tape
 from sb3_ac_ext.common.typing import Transitions
 
 
-class Tape(TorchDispatchMode):
-    """Operations on tensors that can be done again."""
+class CountedTape(Tape):
+    """Knows how many there are."""
 
     made: int = 0
 
     def __init__(self) -> None:
         super().__init__()
         type(self).made += 1
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
-        self.undo: list[tuple[th.Tensor, th.Tensor]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if "_local_scalar_dense" in str(func):
-            raise RuntimeError("a value was fetched from the device")
-        arguments = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-        for argument in func._schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write and argument.name in arguments:
-                written = arguments[argument.name]
-                for tensor in written if isinstance(written, (list, tuple)) else [written]:
-                    self.undo.append((tensor, tensor.clone()))
-        result = func(*args, **kwargs)
-        self.calls.append((func, args, kwargs, result))
-        return result
-
-    def warm_up(self, function: Callable[[], None]) -> None:
-        function()
-
-    def record(self, function: Callable[[], None]) -> None:
-        state = th.get_rng_state()
-        try:
-            with self:
-                function()
-        finally:
-            th.set_rng_state(state)
-            for tensor, before in reversed(self.undo):  # as a graph, which does nothing while it is recorded
-                tensor.copy_(before)
-
-    def replay(self) -> None:
-        with th.no_grad():
-            for func, args, kwargs, recorded in self.calls:
-                result = func(*args, **kwargs)
-                pairs = zip(*((x if isinstance(x, (list, tuple)) else [x]) for x in (recorded, result)), strict=True)
-                for place, value in pairs:
-                    if isinstance(place, th.Tensor) and place.data_ptr() != value.data_ptr():
-                        place.detach().copy_(value)
 
 
 def make(recorded: bool, cls: type[TD3X] | type[DDPGX] | type[SACX] = TD3X, **kwargs: Any) -> Any:
     own = {"policy_kwargs": {"net_arch": [16, 16]}, "seed": 0, "learning_starts": 10, "batch_size": 8, "buffer_size": 200}
     model: Any = cls("MlpPolicy", RandomEnv(BOX, CONTINUOUS), **{**own, **kwargs})
     model.set_logger(Logger(None, []))
-    if recorded:
-        model._capture_obstacle = lambda ordinary: "not flat" if ordinary else None
-        model._capture._recording = Tape
+    model._capture._recording = CountedTape
+    if not recorded:
+        model._capture_obstacle = lambda ordinary: "switched off"
     return model
 
 
@@ -85,7 +43,7 @@ def parameters(model: Any) -> th.Tensor:
 
 @pytest.fixture(autouse=True)
 def no_tapes_yet() -> None:
-    Tape.made = 0
+    CountedTape.made = 0
 
 
 @pytest.mark.parametrize(
@@ -98,6 +56,7 @@ def no_tapes_yet() -> None:
         (SACX, {}, 1),
         (SACX, {"ent_coef": 0.2, "target_update_every": 2}, 2),  # with and without the targets
         (SACX, {"value_network": True, "exact_log_prob": True}, 1),
+        (SACX, {"use_sde": True}, 1),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -162,10 +121,10 @@ def test_changes_reach_recorded_updates(change: Callable[[TD3X], None], records_
     for recorded in (True, False):
         model = make(recorded).learn(40)
         model.train(8, 8)
-        before = Tape.made
+        before = CountedTape.made
         change(model)
         model.train(20, 8)
-        assert Tape.made - before == (2 if records_again and recorded else 0)
+        assert CountedTape.made - before == (2 if records_again and recorded else 0)
         results.append(parameters(model))
     th.testing.assert_close(*results, rtol=0, atol=1e-5)
 
@@ -174,30 +133,30 @@ def test_a_batch_of_another_size_is_another_recording() -> None:
     results = []
     for recorded in (True, False):
         model = make(recorded).learn(40)
-        before = Tape.made
+        before = CountedTape.made
         for batch_size in (8, 5, 8, 5):
             model.train(2 * WARM_UP, batch_size)
-        assert Tape.made - before == (2 if recorded else 0)
+        assert CountedTape.made - before == (2 if recorded else 0)
         results.append(parameters(model))
     th.testing.assert_close(*results, rtol=0, atol=1e-5)
 
 
-def test_what_cannot_be_recorded_goes_on_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_recorded_goes_on_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = TD3X._actor_loss
+
+    def fetching(self: TD3X, batch: Transitions) -> th.Tensor:
+        loss = original(self, batch)
+        assert loss.item() == loss.item()
+        return loss
+
+    monkeypatch.setattr(TD3X, "_actor_loss", fetching)
     results = []
     for recorded in (True, False):
         model = make(recorded)
-        original = model._actor_loss
-
-        def fetching(batch: Transitions, original: Any = original) -> th.Tensor:
-            loss = original(batch)
-            assert loss.item() == loss.item()
-            return loss
-
-        model._actor_loss = fetching
         if recorded:
-            with pytest.warns(UserWarning, match="recording failed: a value was fetched from the device"):
+            with pytest.warns(UserWarning, match="recording them failed: .*_local_scalar_dense.* looks at the values"):
                 model.learn(40)
-            assert "fetched" in str(model._capture.obstacle)
+            assert "_local_scalar_dense" in model.engine_report()["operations"]
         else:
             model.learn(40)
         results.append(parameters(model))
@@ -211,7 +170,7 @@ def test_dicts_of_observations_are_copied() -> None:
         seen.append(batch.observations["a"])  # type: ignore[call-overload]
         means.add("a", batch.observations["a"].sum())  # type: ignore[call-overload]
 
-    capture = Capture(means, Tape)
+    capture = Capture(means, CountedTape)
     for step in range(WARM_UP + 3):
         observations = {"a": th.full((2, 1), float(step))}
         batch = Transitions(observations, th.zeros(2, 1), observations, th.zeros(2, 1), th.zeros(2, 1), 0.9)
@@ -230,3 +189,89 @@ def test_means_start_again_when_they_are_read() -> None:
         means.add("b", th.tensor(-1.0))
         assert means.read() == {"a": sum(values) / len(values), "b": -1.0}
     assert means.read() == {}
+
+
+class Observing(TD3X):
+    """Somebody's algorithm, which does something besides operations on tensors."""
+
+    def _actor_loss(self, batch: Transitions) -> th.Tensor:
+        self.seen = getattr(self, "seen", 0) + 1
+        return super()._actor_loss(batch)
+
+
+class Noting(FlattenExtractor):
+    """Somebody's features, the same."""
+
+    seen = 0
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        type(self).seen += 1
+        return super().forward(observations)
+
+
+@pytest.mark.parametrize(
+    ("make_model", "reason"),
+    [
+        (lambda: make(True, Observing), "what a Observing does besides operations on tensors"),
+        (
+            lambda: make(True, policy_kwargs={"net_arch": [16, 16], "features_extractor_class": Noting}),
+            "what a Noting does besides operations on tensors",
+        ),
+    ],
+    ids=["algorithm", "features"],
+)
+def test_python_of_others_is_not_skipped(make_model: Callable[[], Any], reason: str) -> None:
+    model = make_model().learn(40)
+    assert CountedTape.made == 0
+    assert model.engine_report()["operations"] == f"from Python: {reason}"
+
+
+def hook(model: Any, called: list[int]) -> str:
+    model.critic.register_forward_hook(lambda *args: called.append(1))
+    return "a hook on a TwinStreamCritic"
+
+
+def method(model: Any, called: list[int]) -> str:
+    original = model._critic_loss
+
+    def replaced(batch: Transitions) -> th.Tensor:
+        called.append(1)
+        loss: th.Tensor = original(batch)
+        return loss
+
+    model._critic_loss = replaced
+    return "a replaced method of a TD3X"
+
+
+@pytest.mark.parametrize("change", [hook, method], ids=lambda change: change.__name__)
+def test_what_is_added_later_is_called(change: Callable[[Any, list[int]], str]) -> None:
+    model, called = make(True).learn(40), []
+    assert model.engine_report()["operations"] == "recorded and replayed"
+    reason = change(model, called)
+    model.train(5, 8)
+    assert len(called) >= 5
+    assert model.engine_report()["operations"] == f"from Python: {reason}"
+
+
+def test_rates_may_change_without_another_recording() -> None:
+    results = []
+    for recorded in (True, False):
+        model = make(recorded, learning_rate="lin_0.01", critic_learning_rate="lin_0.02").learn(40)
+        before = CountedTape.made
+        results.append(parameters(model.learn(40, reset_num_timesteps=False)))
+        assert CountedTape.made == before
+    th.testing.assert_close(*results, rtol=0, atol=1e-5)
+    constant = make(True, learning_rate=0.01, critic_learning_rate=0.02).learn(40).learn(40, reset_num_timesteps=False)
+    assert not th.allclose(parameters(constant), results[0], rtol=0, atol=1e-4)
+
+
+def test_replayed_steps_are_counted_and_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(True).learn(40)
+    model.train(300, 8)
+    moment = model._descents["critic"].moments[0].values
+    moment[0] = 1e-31
+    steps = {name: descent.steps for name, descent in model._descents.items()}
+    monkeypatch.setattr(model._capture, "run", lambda key, function, batch: None)  # no step that would change the moment
+    model.train(200, 8)
+    assert {name: descent.steps - steps[name] for name, descent in model._descents.items()} == {"critic": 200, "actor": 200}
+    assert moment[0] == 0

@@ -1,13 +1,15 @@
 """
-Updates that are recorded once and replayed, on CUDA.
+Updates that are recorded once and replayed.
 
-There an update of small networks costs what it costs to launch its kernels. Recorded as one CUDA graph it is one launch.
-A recording holds addresses: batches are copied into memory of its own, and whatever it has read from Python (rates apart,
-see `sb3_ac_ext.common.descent.FlatAdam`) is part of its key.
+An update of small networks spends much of its time between the operations, in Python, autograd and the dispatcher. Recorded
+it is one launch of a CUDA graph, or on a CPU a list of operations with their memory. A recording holds addresses: batches
+are copied into memory of its own, and whatever it has read from Python (rates apart, see
+`sb3_ac_ext.common.descent.FlatAdam`) is part of its key.
 """
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch as th
@@ -18,24 +20,29 @@ Batch = tuple[Any, ...]
 """A named tuple of tensors, dicts of them, and values that are no tensors."""
 
 WARM_UP = 3
-"""Updates that run one kernel at a time before the recording, in which libraries choose algorithms and allocate."""
+"""Updates before the recording, in which libraries choose algorithms and memory is allocated that lasts."""
 
 
 class Recording(Protocol):
     """Something that runs a function again without Python."""
 
+    obstacle: str | None
+    """Why it cannot; None if it can."""
+
     def warm_up(self, function: Callable[[], None]) -> None:
         """Run ``function`` as it will be recorded."""
 
     def record(self, function: Callable[[], None]) -> None:
-        """Take note of what ``function`` does, without doing it."""
+        """Do what ``function`` does and take note of it, or of the obstacle. A function that fails may be run twice."""
 
     def replay(self) -> None:
-        """Do it."""
+        """Do it again."""
 
 
 class CudaRecording:
     """A CUDA graph. Draws from the default generator advance its state as ever."""
+
+    obstacle: str | None = None
 
     def __init__(self) -> None:
         self._graph = th.cuda.CUDAGraph()
@@ -50,8 +57,14 @@ class CudaRecording:
 
     def record(self, function: Callable[[], None]) -> None:
         """See `Recording`."""
-        with th.cuda.graph(self._graph, stream=self._stream):
-            function()
+        try:
+            with th.cuda.graph(self._graph, stream=self._stream):
+                function()
+        except RuntimeError as error:
+            self.obstacle = str(error)
+            self.warm_up(function)
+        else:
+            self.replay()
 
     def replay(self) -> None:
         """See `Recording`."""
@@ -77,7 +90,7 @@ class Capture:
     :param recording: makes a recording
     """
 
-    def __init__(self, means: TensorMeans, recording: Callable[[], Recording] = CudaRecording) -> None:
+    def __init__(self, means: TensorMeans, recording: Callable[[], Recording]) -> None:
         self._means = means
         self._recording = recording
         self._fixed: Hashable = None
@@ -107,26 +120,39 @@ class Capture:
         update = self._updates[key]
         _map(lambda ours, theirs: ours.copy_(theirs), update.batch, batch)
         update.runs += 1
-        if update.runs > WARM_UP and not update.recorded and self.obstacle is None:
-            self._record(update, function)
         if update.recorded:
             update.recording.replay()
             self._means.count(update.logged)
+        elif update.runs > WARM_UP and self.obstacle is None:
+            self._record(update, function)
         else:
             update.recording.warm_up(lambda: function(update.batch))
 
     def _record(self, update: _Update, function: Callable[[Batch], None]) -> None:
         before = self._means.counts()
-        try:
-            update.recording.record(lambda: function(update.batch))
-        except RuntimeError as error:
-            self.obstacle = f"recording failed: {error}"
-            warnings.warn(f"updates go on kernel by kernel, {self.obstacle}", stacklevel=2)
-        else:
-            update.recorded = True
-        after = self._means.counts()
-        update.logged = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
-        self._means.count({name: -number for name, number in update.logged.items()})  # nothing has happened yet
+
+        def once() -> None:
+            self._means.set_counts(before)
+            function(update.batch)
+
+        with _without_validation():
+            update.recording.record(once)
+        self.obstacle = update.recording.obstacle
+        update.recorded = self.obstacle is None
+        if self.obstacle is not None:
+            warnings.warn(f"updates are slower than they could be, recording them failed: {self.obstacle}", stacklevel=2)
+        update.logged = {name: count - before.get(name, 0) for name, count in self._means.counts().items()}
+
+
+@contextmanager
+def _without_validation() -> Iterator[None]:
+    """PyTorch's distributions look whether their parameters are finite, which `UpdateMixin` does after the updates."""
+    validates = th.distributions.Distribution._validate_args
+    th.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        th.distributions.Distribution.set_default_validate_args(validates)
 
 
 def _map(function: Callable[..., Any], *batches: Batch) -> Batch:

@@ -87,6 +87,9 @@ class Descent:
         """Apply the gradients."""
         self.optimizer.step()
 
+    def settle(self) -> None:
+        """What is done after a step, recorded or not, and does not belong to the update."""
+
     def norm(self) -> th.Tensor:
         """``()`` 2-norm of the parameters."""
         return get_total_norm(self.parameters)
@@ -176,15 +179,15 @@ class FlatAdam(Descent):
         self.counts = FlatTensor([th.full((), count, device=parameter.device) for parameter in parameters])
         self.published, self.whole, self.steps = False, True, 0
         # a recorded update reads the rate on its device, whatever it was when it was recorded
-        self.rate = self.counts.values.new_zeros(()) if self.counts.values.is_cuda else None
+        kind = th.float32 if self.counts.values.is_cuda else th.float64
+        self.rate = self.counts.values.new_full((), self.optimizer.param_groups[0]["lr"], dtype=kind)
         if started:
             self._publish()
 
     def set_rate(self, rate: float) -> None:
         """See `Descent.set_rate`."""
         super().set_rate(rate)
-        if self.rate is not None:
-            self.rate.fill_(rate)
+        self.rate.fill_(rate)
 
     def fixed(self) -> Hashable:
         """What a recorded step has read from Python, and what it writes to."""
@@ -231,7 +234,7 @@ class FlatAdam(Descent):
 
     def gradient_norm(self) -> th.Tensor:
         """See `Descent.gradient_norm`."""
-        return get_total_norm([self.gradient.values]) if self.whole else super().gradient_norm()
+        return _norm(self.gradient.values) if self.whole else super().gradient_norm()
 
     def clip(self, bound: float, norm: th.Tensor) -> None:
         """See `Descent.clip`."""
@@ -256,30 +259,35 @@ class FlatAdam(Descent):
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=group["lr"] if self.rate is None else self.rate,
+            lr=self.rate,
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
         )
         self.counts.values[1:] = self.counts.values[0]
-        self.steps += 1
-        if self.steps % _flush_every(*group["betas"]) == 0:
-            self._flush(group["eps"])
 
-    def _flush(self, eps: float) -> None:
+    def settle(self) -> None:
         """
-        Set moments that have vanished to 0, on a CPU in fp32.
+        Set moments that have vanished to 0 now and then, on a CPU in fp32.
 
         Those of a weight whose gradient stays 0 (behind a unit that is never active, say) would decay into the subnormal
         numbers and stay there; arithmetic on these is a hundred times slower, which made updates a fifth slower.
         """
-        if eps >= LEAST_EPS and self.flat.values.dtype == th.float32 and not self.flat.values.is_cuda:
+        self.steps += 1
+        group = self.optimizer.param_groups[0]
+        due = self.steps % _flush_every(*group["betas"]) == 0 and group["eps"] >= LEAST_EPS
+        if due and self.flat.values.dtype == th.float32 and not self.flat.values.is_cuda:
             for moment, least in zip(self.moments, VANISHED, strict=True):
                 moment.values.copy_(nn.functional.hardshrink(moment.values, least))
 
     def norm(self) -> th.Tensor:
         """See `Descent.norm`."""
-        return get_total_norm([self.flat.values])
+        return _norm(self.flat.values)
+
+
+def _norm(values: th.Tensor) -> th.Tensor:
+    norm: th.Tensor = th.linalg.vector_norm(values)
+    return norm
 
 
 @cache

@@ -17,19 +17,36 @@ class Activation:
 
     forward_: Callable[[th.Tensor], th.Tensor]
     """Applies it in place."""
-    derivative_: Callable[[th.Tensor], th.Tensor]
-    """Turns an output into the derivative there, in place."""
+    backward: Callable[..., th.Tensor]
+    """(gradient of the output, output) -> gradient of the input, one operation; in ``grad_input`` if that is given."""
+
+    def backward_(self, grad: th.Tensor, output: th.Tensor) -> th.Tensor:
+        """The gradient of the input instead of that of the output, in its place."""
+        return self.backward(grad, output, grad_input=grad)
 
 
 def _elu_(x: th.Tensor) -> th.Tensor:
     return nn.functional.elu(x, inplace=True)
 
 
+def _either(name: str, *arguments: Any, output_last: bool = False) -> Callable[..., th.Tensor]:
+    """The operation called ``name`` that PyTorch's autograd uses, with or without memory for its result."""
+    new, into = getattr(th.ops.aten, name).default, getattr(th.ops.aten, name).grad_input
+
+    def backward(grad: th.Tensor, output: th.Tensor, grad_input: th.Tensor | None = None) -> th.Tensor:
+        given = (grad, *arguments, output) if output_last else (grad, output, *arguments)
+        result: th.Tensor = new(*given) if grad_input is None else into(*given, grad_input=grad_input)
+        return result
+
+    return backward
+
+
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
-    nn.ReLU: Activation(th.relu_, th.Tensor.sign_),  # a fifth of the time of a boolean mask
-    nn.Tanh: Activation(th.tanh_, lambda y: y.square_().neg_().add_(1)),
-    nn.Sigmoid: Activation(th.sigmoid_, lambda y: y.mul_(1 - y)),
-    nn.ELU: Activation(_elu_, lambda y: y.clamp_(max=0).add_(1)),  # exp(x) = elu(x) + 1 below zero
+    nn.ReLU: Activation(th.relu_, _either("threshold_backward", 0)),
+    nn.Tanh: Activation(th.tanh_, _either("tanh_backward")),
+    nn.Sigmoid: Activation(th.sigmoid_, _either("sigmoid_backward")),
+    # alpha, scale, input_scale, and that it gets the output
+    nn.ELU: Activation(_elu_, _either("elu_backward", 1, 1, 1, True, output_last=True)),
 }
 """The activations that the node knows, by exact type and with their default arguments."""
 
@@ -268,9 +285,8 @@ class Pass:
         for layer in reversed(range(len(self.plan))):
             activation = self.plan[layer]
             if activation is not None:
-                own = workspace is not None and layer < len(self.plan) - 1  # this graph's alone, and not needed again
-                factor = activation.derivative_(self.outputs[layer] if own else self.outputs[layer].clone())
-                grad = grad.mul_(factor) if own else grad * factor
+                own = workspace is not None and layer < len(self.plan) - 1  # autograd may need the one that comes in again
+                grad = (activation.backward_ if own else activation.backward)(grad, self.outputs[layer])
             if needed[2 * layer]:
                 gradients.weight(2 * layer, grad, self.inputs[layer])
             if needed[2 * layer + 1]:

@@ -27,6 +27,7 @@ _choices: dict[tuple[int, int, int, int], bool] = {}
 _lock = threading.RLock()
 _users = 0
 _previous = "none"
+_here = threading.local()
 
 
 @contextmanager
@@ -44,13 +45,20 @@ def onednn() -> Iterator[None]:
             _previous = backend.fp32_precision
             backend.fp32_precision = "bf16"
         _users += 1
+    outside, _here.inside = inside_onednn(), True
     try:
         yield
     finally:
+        _here.inside = outside
         with _lock:
             _users -= 1
             if _users == 0:
                 backend.fp32_precision = _previous
+
+
+def inside_onednn() -> bool:
+    """Whether this thread is in the context `onednn`."""
+    return getattr(_here, "inside", False)
 
 
 def _through_onednn(a: th.Tensor, b: th.Tensor) -> bool:

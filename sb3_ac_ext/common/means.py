@@ -33,6 +33,12 @@ class TensorMeans:
         """How many values of each quantity were added since they were read."""
         return dict(self._counts)
 
+    def set_counts(self, counts: Mapping[str, int]) -> None:
+        """
+        :param counts: what `counts` returned before something was added that is not to count
+        """
+        self._counts = dict(counts)
+
     def count(self, numbers: Mapping[str, int]) -> None:
         """
         :param numbers: of values by quantity that were added to the sums by a replay, which does not count them

@@ -1,6 +1,7 @@
 """Constructor arguments that the algorithms share, each documented once, here."""
 
 import inspect
+from functools import cache
 from typing import Any, NamedTuple, TypedDict
 
 import torch as th
@@ -117,6 +118,7 @@ class OnPolicyKwargs(ActingKwargs, total=False):
 NOT_ARGUMENTS = frozenset({"self", "kwargs", "_init_setup_model"})
 
 
+@cache
 def constructor_keys(cls: type[BaseAlgorithm]) -> frozenset[str]:
     """
     The names of every argument that ``cls`` takes, those behind ``**kwargs: Unpack[...]`` included.
