@@ -253,6 +253,13 @@ def test_what_is_added_later_is_called(change: Callable[[Any, list[int]], str]) 
     assert model.engine_report()["operations"] == f"from Python: {reason}"
 
 
+def test_anomalies_are_looked_for_in_the_graph() -> None:
+    model = make(True).learn(40)
+    with th.autograd.set_detect_anomaly(True):
+        assert model.engine_report()["operations"] == "from Python: PyTorch looks for anomalies"
+    assert model.engine_report()["operations"] == "recorded and replayed"
+
+
 def test_rates_may_change_without_another_recording() -> None:
     results = []
     for recorded in (True, False):

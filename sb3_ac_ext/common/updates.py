@@ -121,6 +121,8 @@ class UpdateMixin(BaseAlgorithm):
             return f"the device is {self.device}"
         if ordinary:
             return "not every network is updated flat"
+        if th.is_anomaly_enabled():
+            return "PyTorch looks for anomalies"
         owner: Any
         for owner in (self, *_modules_in(self.policy)):
             kind: Any = type(owner)
