@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 import torch as th
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sb3_ac_ext.common import matmul
@@ -56,9 +56,8 @@ class Tape(TorchDispatchMode):
         result = func(*args, **kwargs)
         if {th.Tag.data_dependent_output, th.Tag.dynamic_output_shape}.intersection(func.tags):
             self.obstacle = f"{func} looks at the values of a tensor"
-        with _disable_current_modes(), th.no_grad():
-            # without the graph; views share memory, so that nothing noted here is freed
-            self._note(func, *tree_map_only(th.Tensor, th.Tensor.detach, (args, kwargs, result)))
+        # without the graph; views share memory, so that nothing noted here is freed
+        self._note(func, *tree_map_only(th.Tensor, th.Tensor.detach, (args, kwargs, result)))
         return result
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -70,7 +69,7 @@ class Tape(TorchDispatchMode):
         new = [tensor for tensor in _tensors(result) if tensor.untyped_storage().data_ptr() not in given]
         name = func._schema.name.removeprefix("aten::")
         if new and name not in WITHOUT_CONTENT:
-            out = None if name not in IN_PLACE_OF_NEW or func._schema.is_mutable else _out_variant(func)
+            out = _out_variant(func) if name in IN_PLACE_OF_NEW else None
             if out is None:
                 self._calls.append((_copying(func, result), args, kwargs))
             else:
@@ -104,8 +103,7 @@ def _copying(func: Any, result: Any) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> None:
         for place, value in zip(places, _tensors(func(*args, **kwargs)), strict=True):
-            if place.data_ptr() != value.data_ptr():
-                place.copy_(value)
+            place.copy_(value)
 
     return call
 
