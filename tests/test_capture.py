@@ -97,6 +97,10 @@ def change_memory(model: TD3X) -> None:
         parameter.data = parameter.data * 0.5
 
 
+def change_module(model: TD3X) -> None:
+    model.actor.features_extractor = FlattenExtractor(model.observation_space)
+
+
 def change_optimizer_state(model: TD3X) -> None:
     state = copy.deepcopy(model.actor.optimizer.state_dict())
     state["state"][0]["exp_avg"] *= 5
@@ -112,6 +116,7 @@ def change_optimizer_state(model: TD3X) -> None:
         (change_smoothing, True),
         (change_betas, True),
         (change_memory, True),
+        (change_module, True),
         (change_optimizer_state, True),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -163,6 +168,11 @@ def test_what_cannot_be_recorded_goes_on_from_python(monkeypatch: pytest.MonkeyP
     th.testing.assert_close(*results, rtol=0, atol=1e-5)
 
 
+def transitions(value: float) -> Transitions:
+    observations = {"a": th.full((2, 1), value)}
+    return Transitions(observations, th.zeros(2, 1), observations, th.zeros(2, 1), th.zeros(2, 1), 0.9)
+
+
 def test_dicts_of_observations_are_copied() -> None:
     means, seen = TensorMeans(), []
 
@@ -172,9 +182,7 @@ def test_dicts_of_observations_are_copied() -> None:
 
     capture = Capture(means, CountedTape)
     for step in range(WARM_UP + 3):
-        observations = {"a": th.full((2, 1), float(step))}
-        batch = Transitions(observations, th.zeros(2, 1), observations, th.zeros(2, 1), th.zeros(2, 1), 0.9)
-        capture.run("update", update, batch)
+        capture.run("update", update, transitions(float(step)))
     assert len(seen) == WARM_UP + 1
     assert len({tensor.data_ptr() for tensor in seen}) == 1
     assert means.read() == {"a": pytest.approx(2 * sum(range(WARM_UP + 3)) / (WARM_UP + 3))}
@@ -272,13 +280,48 @@ def test_rates_may_change_without_another_recording() -> None:
     assert not th.allclose(parameters(constant), results[0], rtol=0, atol=1e-4)
 
 
-def test_replayed_steps_are_counted_and_settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make(True).learn(40)
+@pytest.mark.parametrize(("recorded", "steps"), [(True, [200, 200]), (False, [200, 100])], ids=["recorded", "not"])
+def test_steps_are_settled(recorded: bool, steps: list[int]) -> None:
+    """A recording does not know which networks it steps, and once too often does no harm."""
+    model = make(recorded).learn(40)
     model.train(300, 8)
+    before = [descent.steps for descent in model._descents.values()]
+    model.train(200, 8)
+    assert [descent.steps - start for descent, start in zip(model._descents.values(), before, strict=True)] == steps
+
+
+def test_moments_that_vanish_while_steps_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(True).learn(40)
     moment = model._descents["critic"].moments[0].values
     moment[0] = 1e-31
-    steps = {name: descent.steps for name, descent in model._descents.items()}
     monkeypatch.setattr(model._capture, "run", lambda key, function, batch: None)  # no step that would change the moment
     model.train(200, 8)
-    assert {name: descent.steps - steps[name] for name, descent in model._descents.items()} == {"critic": 200, "actor": 200}
     assert moment[0] == 0
+
+
+def test_on_a_cpu_updates_are_taped_and_distributions_validate_as_before() -> None:
+    validates = th.distributions.Distribution._validate_args
+    model = SACX("MlpPolicy", RandomEnv(BOX, CONTINUOUS), learning_starts=10, batch_size=8, buffer_size=100, use_sde=True)
+    th.distributions.Distribution.set_default_validate_args(True)
+    try:
+        model.learn(40)
+        assert th.distributions.Distribution._validate_args is True
+    finally:
+        th.distributions.Distribution.set_default_validate_args(validates)
+    assert all(type(update.recording) is Tape and update.recorded for update in model._capture._updates.values())
+
+
+class Hesitant(Tape):
+    """Begins twice, as a CUDA graph that could not be recorded."""
+
+    def record(self, function: Callable[[], None]) -> None:
+        function()
+        super().record(function)
+
+
+def test_a_second_beginning_counts_once() -> None:
+    means = TensorMeans()
+    capture = Capture(means, Hesitant)
+    for _ in range(WARM_UP + 3):
+        capture.run("update", lambda batch: means.add("a", batch.rewards.sum()), transitions(1.0))
+    assert means.counts() == {"a": WARM_UP + 3}

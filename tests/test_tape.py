@@ -39,7 +39,13 @@ def views(s: State) -> None:
 
 def elementwise(s: State) -> None:
     x = F.softplus(s["x"]) * F.elu(s["y"]) - th.where(s["x"] > 0, s["y"].exp(), s["x"].clamp(-0.5, 0.5))
-    s["out"].copy_(x / (1 + s["y"].square()) + th.rsub(x, 1) + th.minimum(x, s["y"]) + F.layer_norm(x, (4,)))
+    s["out"].copy_(
+        x / (1 + s["y"].square())
+        + th.rsub(x, 1, alpha=3)
+        + th.add(x, s["y"], alpha=2)
+        + th.minimum(x, s["y"])
+        + F.layer_norm(x, (4,))
+    )
 
 
 def several_results(s: State) -> None:
@@ -163,6 +169,22 @@ def test_products_through_onednn_stay_there(monkeypatch: pytest.MonkeyPatch) -> 
     assert inside == [True, True]
     assert not matmul.inside_onednn()
     th.testing.assert_close(out, a @ b)
+
+
+def test_onednn_within_onednn() -> None:
+    assert not matmul.inside_onednn()
+    with matmul.onednn():
+        with matmul.onednn():
+            assert matmul.inside_onednn()
+        assert matmul.inside_onednn()
+    assert not matmul.inside_onednn()
+
+
+def test_views_are_not_made_again() -> None:
+    tape, state = Tape(), fresh()
+    tape.record(lambda: views(state))
+    schemas = [function._schema for function, _, _ in tape._calls if hasattr(function, "_schema")]
+    assert schemas and all(schema.is_mutable for schema in schemas)
 
 
 def test_nothing_of_a_graph_is_kept() -> None:
