@@ -162,3 +162,22 @@ def test_a_layer_that_stands_alone() -> None:
         th.testing.assert_close(value, expected, rtol=0, atol=1e-10)
     fused.register_forward_hook(lambda module, args, output: output * 2)
     th.testing.assert_close(fused(x), 2 * plain(x), rtol=0, atol=1e-10)
+
+
+class Counting(nn.ReLU):
+    """A layer with a mode of its own."""
+
+    def train(self, mode: bool = True) -> "Counting":
+        self.modes = [*getattr(self, "modes", []), mode]
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU, nn.Dropout, Counting])
+def test_modes_reach_every_layer(layer: type[nn.Module]) -> None:
+    fused = FusedMLP(nn.Linear(3, 4), layer(), nn.Linear(4, 2))
+    outer = nn.Sequential(fused, FusedLinear(2, 2))
+    for mode in (False, True, False):
+        assert outer.train(mode) is outer
+        assert fused.train(mode) is fused
+        assert all(module.training is mode for module in outer.modules())
+    assert getattr(fused[1], "modes", None) == ([False, False, True, True, False, False] if layer is Counting else None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch as th
 from torch import nn
@@ -125,6 +125,15 @@ class Fused(nn.Module):
         else:
             output = run(layers.plan, x, parameters)[-1]
         return output
+
+    def train(self, mode: bool = True) -> Self:
+        """See `torch.nn.Module.train`, in a tenth of its time: algorithms change the mode twice a step."""
+        layers = self.layers()
+        if layers is None:
+            return super().train(mode)
+        for module in (self, *layers.modules):
+            module.__dict__["training"] = mode
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name[:6] != "_known"}
