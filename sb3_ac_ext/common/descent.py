@@ -179,8 +179,8 @@ class FlatAdam(Descent):
         self.counts = FlatTensor([th.full((), count, device=parameter.device) for parameter in parameters])
         self.published, self.whole, self.steps = False, True, 0
         # a recorded update reads the rate on its device, whatever it was when it was recorded
-        kind = th.float32 if self.counts.values.is_cuda else th.float64
-        self.rate = self.counts.values.new_full((), self.optimizer.param_groups[0]["lr"], dtype=kind)
+        exact = th.float64 if self.counts.values.device.type == "cpu" else th.float32
+        self.rate = self.counts.values.new_full((), self.optimizer.param_groups[0]["lr"], dtype=exact)
         if started:
             self._publish()
 
