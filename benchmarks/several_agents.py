@@ -31,14 +31,15 @@ POINTS = 100
 PACKAGES = ("torch", "stable_baselines3", "rl_zoo3", "gymnasium", "pettingzoo", "mpe2", "numpy", "sb3_ac_ext")
 
 
-def evaluate(env_id: str, model: MADDPG | None) -> dict[str, Any]:
+def evaluate(env_id: str, model: MADDPG | None, seed: int = 0) -> dict[str, Any]:
     """
     :param env_id: task
     :param model: trained on it, or None for random actions
+    :param seed: of random actions
     :return: mean of the summed return over `EPISODES`, its standard error, and the mean return of each agent
     """
     env = gym.make(env_id)
-    env.action_space.seed(0)
+    env.action_space.seed(seed)
     returns = []
     for seed in EPISODES:
         obs, _ = env.reset(seed=seed)
@@ -98,7 +99,7 @@ def main() -> None:
         "--log-interval",
         "100",
     ]
-    random = evaluate(args.env, None)
+    random = [{"seed": seed, **evaluate(args.env, None, seed)} for seed in args.seeds]
     print("random", random)
     runs = []
     for seed in args.seeds:
@@ -115,8 +116,8 @@ def main() -> None:
         "env": args.env,
         "options": options,
         "evaluation_seeds": [EPISODES.start, EPISODES.stop],
-        "random_agents": random,
-        "random": random["mean"],
+        "random_runs": random,
+        "random": float(np.median([run["mean"] for run in random])),
         "medians": medians,
         "runs": runs,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
@@ -125,7 +126,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{args.name}.json").write_text(json.dumps(study, indent=1) + "\n")
     plot(study, RESULTS / f"{args.name}.png")
-    print(medians, "random", random["mean"])
+    print(medians, "random", study["random"])
 
 
 if __name__ == "__main__":
