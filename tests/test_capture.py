@@ -10,7 +10,7 @@ from environments import BOX, CONTINUOUS, RandomEnv
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
-from sb3_ac_ext import DDPGX, SACX, TD3X
+from sb3_ac_ext import AC, DDPGX, PPOX, SACX, TD3X
 from sb3_ac_ext.common.capture import WARM_UP, Capture
 from sb3_ac_ext.common.means import TensorMeans
 from sb3_ac_ext.common.tape import Tape
@@ -309,6 +309,30 @@ def test_on_a_cpu_updates_are_taped_and_distributions_validate_as_before() -> No
     finally:
         th.distributions.Distribution.set_default_validate_args(validates)
     assert all(type(update.recording) is Tape and update.recorded for update in model._capture._updates.values())
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "keys"),
+    [
+        (PPOX, {"n_steps": 32, "batch_size": 8, "learning_rate": "lin_0.01"}, {"policy"}),
+        (PPOX, {"n_steps": 32, "batch_size": 8, "separate_phases": True, "max_grad_norm": 0.1}, {"policy", "value"}),
+        (AC, {}, {"actor", "critic"}),
+    ],
+    ids=["one", "two", "online"],
+)
+def test_steps_of_on_policy_updates_are_recorded(cls: Any, kwargs: dict[str, Any], keys: set[str]) -> None:
+    results = []
+    for recorded in (True, False):
+        model = cls("MlpPolicy", RandomEnv(BOX, CONTINUOUS), seed=0, **kwargs)
+        if not recorded:
+            model._capture_obstacle = lambda ordinary: "switched off"
+        model.learn(96)
+        recordings = {key[0][1]: update.recorded for key, update in model._capture._updates.items()}
+        assert recordings == (dict.fromkeys(keys, True) if recorded else {})
+        results.append((parameters(model), model.logger.name_to_value))
+    th.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-6)
+    for key, value in results[0][1].items():
+        assert value == pytest.approx(results[1][1][key], rel=1e-3, abs=1e-5) or key.startswith("time/"), key
 
 
 class Hesitant(Tape):

@@ -238,7 +238,7 @@ def test_report_names_what_stands_in_the_way(kwargs: dict[str, Any], reason: str
 def test_report_of_the_fast_paths() -> None:
     assert make().engine_report() == {
         "policy update": "fused layers, flat Adam",
-        "operations": "from Python: on-policy updates are not recorded",
+        "operations": "recorded and replayed",
         "acting": "numpy",
         "rollout": "fast",
     }

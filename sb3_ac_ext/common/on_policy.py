@@ -302,8 +302,13 @@ class OnPolicyMixin(ActingMixin, UpdateMixin, CheckpointMixin, OnPolicyAlgorithm
         explained = explained_variance(buffer.values[rows].flatten(), buffer.returns[rows].flatten())
         self.logger.record("train/explained_variance", explained)
 
-    def _capture_obstacle(self, ordinary: list[Any]) -> str | None:
-        return "on-policy updates are not recorded"
+    def _step(self, network: str) -> None:
+        """See `UpdateMixin._step`; recorded by itself, because what comes before it is not operations on tensors alone."""
+        if not self._records:
+            super()._step(network)
+            return
+        self._capture.run(("step", network), lambda batch: super(OnPolicyMixin, self)._step(network), ())
+        self._descents[network].settle()
 
     def engine_report(self) -> dict[str, str]:
         """See `UpdateMixin.engine_report`."""
