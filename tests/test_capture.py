@@ -12,6 +12,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_ac_ext import AC, DDPGX, PPOX, SACX, TD3X
 from sb3_ac_ext.common.capture import WARM_UP, Capture
+from sb3_ac_ext.common.descent import FlatAdam
 from sb3_ac_ext.common.means import TensorMeans
 from sb3_ac_ext.common.tape import Tape
 from sb3_ac_ext.common.typing import Transitions
@@ -333,6 +334,20 @@ def test_steps_of_on_policy_updates_are_recorded(cls: Any, kwargs: dict[str, Any
     th.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-6)
     for key, value in results[0][1].items():
         assert value == pytest.approx(results[1][1][key], rel=1e-3, abs=1e-5) or key.startswith("time/"), key
+
+
+def test_steps_of_a_part_are_not_replayed() -> None:
+    """Adam leaves parameters alone that the loss has left without a gradient; a recorded step would not."""
+    model = PPOX("MlpPolicy", RandomEnv(BOX, CONTINUOUS), seed=0, n_steps=32, batch_size=8).learn(96)
+    assert all(update.recorded for update in model._capture._updates.values())
+    descent, before = model._descents["policy"], parameters(model)
+    assert isinstance(descent, FlatAdam)
+    for parameter in descent.parameters[1:]:
+        parameter.grad = None
+    descent.whole = False
+    descent.parameters[0].grad = th.ones_like(descent.parameters[0])
+    model._step("policy")
+    assert (parameters(model) != before).sum() == descent.parameters[0].numel()
 
 
 class Hesitant(Tape):

@@ -20,6 +20,7 @@ from sb3_ac_ext.common.acting import ActingMixin
 from sb3_ac_ext.common.actor_critic import ROWS, ActorCritic, Evaluation, TorchActorCritic
 from sb3_ac_ext.common.arguments import check_on_policy_arguments, warn_of_endless_episodes
 from sb3_ac_ext.common.checkpoint import CheckpointMixin
+from sb3_ac_ext.common.descent import FlatAdam
 from sb3_ac_ext.common.rollouts import Samples, fill_estimates, flattened
 from sb3_ac_ext.common.typing import constructor_keys
 from sb3_ac_ext.common.updates import UpdateMixin
@@ -304,11 +305,13 @@ class OnPolicyMixin(ActingMixin, UpdateMixin, CheckpointMixin, OnPolicyAlgorithm
 
     def _step(self, network: str) -> None:
         """See `UpdateMixin._step`; recorded by itself, because what comes before it is not operations on tensors alone."""
-        if not self._records:
+        descent = self._descents[network]
+        if isinstance(descent, FlatAdam) and descent.whole and self._records:
+            self._capture.run(("step", network), lambda batch: super(OnPolicyMixin, self)._step(network), ())
+        else:
             super()._step(network)
-            return
-        self._capture.run(("step", network), lambda batch: super(OnPolicyMixin, self)._step(network), ())
-        self._descents[network].settle()
+        if self._records:
+            descent.settle()
 
     def engine_report(self) -> dict[str, str]:
         """See `UpdateMixin.engine_report`."""
