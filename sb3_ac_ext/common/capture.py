@@ -7,7 +7,6 @@ are copied into memory of its own, and whatever it has read from Python (rates a
 `sb3_ac_ext.common.descent.FlatAdam`) is part of its key.
 """
 
-import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -139,8 +138,6 @@ class Capture:
             update.recording.record(once)
         self.obstacle = update.recording.obstacle
         update.recorded = self.obstacle is None
-        if self.obstacle is not None:
-            warnings.warn(f"updates are slower than they could be, recording them failed: {self.obstacle}", stacklevel=2)
         update.logged = {name: count - before.get(name, 0) for name, count in self._means.counts().items()}
 
 
