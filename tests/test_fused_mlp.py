@@ -10,6 +10,7 @@ from torch import nn
 
 from sb3_ac_ext.common import fused_mlp
 from sb3_ac_ext.common.fused_mlp import ACTIVATIONS, FusedLinear, FusedMLP
+from sb3_ac_ext.common.workspace import Workspace
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +182,20 @@ def test_modes_reach_every_layer(layer: type[nn.Module]) -> None:
         assert fused.train(mode) is fused
         assert all(module.training is mode for module in outer.modules())
     assert getattr(fused[1], "modes", None) == ([False, False, True, True, False, False] if layer is Counting else None)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda kind: kind.__name__)
+def test_gradients_that_come_in_are_left_alone(activation: type[nn.Module]) -> None:
+    """The gradient of a sum is one number for all outputs, and others may hold it."""
+    th.manual_seed(0)
+    fused = FusedMLP(nn.Linear(3, 4), activation())
+    incoming, expected = th.ones(1).expand(5, 4), th.nn.Sequential(*fused.children())
+    x = th.randn(5, 3)
+    with Workspace().lend():
+        fused(x).backward(incoming)
+    ours = [parameter.grad.clone() for parameter in fused.parameters() if parameter.grad is not None]
+    fused.zero_grad()
+    expected(x).backward(incoming)
+    assert (incoming == 1).all()
+    for value, parameter in zip(ours, expected.parameters(), strict=True):
+        th.testing.assert_close(value, parameter.grad)
