@@ -425,7 +425,7 @@ def test_recorded_updates_are_the_updates(discrete: bool) -> None:
         th.manual_seed(0)
         for _ in range(16):
             model.train(gradient_steps=1, batch_size=32)
-    assert [all(update.recorded for update in model._capture._updates.values()) for model in models] == [True, True]
+    assert all(update.recorded for update in models[0]._capture._updates.values())
     assert [len(model._capture._updates) for model in models] == [2, 0]
     th.testing.assert_close(flat(models[0].policy), flat(models[1].policy), rtol=0, atol=1e-6)
 
