@@ -250,10 +250,24 @@ def method(model: Any, called: list[int]) -> str:
     return "a replaced method of a TD3X"
 
 
-@pytest.mark.parametrize("change", [hook, method], ids=lambda change: change.__name__)
-def test_what_is_added_later_is_called(change: Callable[[Any, list[int]], str]) -> None:
+def module(model: Any, called: list[int]) -> str:
+    class Calling(FlattenExtractor):
+        def forward(self, observations: th.Tensor) -> th.Tensor:
+            called.append(1)
+            return super().forward(observations)
+
+    model.critic.features_extractor = Calling(BOX)
+    return "what a Calling does besides operations on tensors"
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["", "copied"])
+@pytest.mark.parametrize("change", [hook, method, module], ids=lambda change: change.__name__)
+def test_what_is_added_later_is_called(change: Callable[[Any, list[int]], str], copied: bool) -> None:
     model, called = make(True).learn(40), []
     assert model.engine_report()["operations"] == "recorded and replayed"
+    if copied:
+        model = copy.deepcopy(model)
+        model.set_logger(Logger(None, []))
     reason = change(model, called)
     model.train(5, 8)
     assert len(called) >= 5

@@ -310,6 +310,18 @@ def test_a_hook_added_later_is_honoured() -> None:
     assert isinstance(model._descents["critic"], FlatAdam)
 
 
+def test_an_option_of_adam_set_later_is_honoured() -> None:
+    models = [make(engine=engine).learn(30) for engine in (True, False)]
+    for model in models:
+        model.critic.optimizer.param_groups[0]["maximize"] = True
+    trained = [train_from(model) for model in models]
+    th.testing.assert_close(*trained, rtol=0, atol=1e-5)
+    assert models[0].engine_report()["critic update"] == "PyTorch: Adam's options maximize"
+    models[0].critic.optimizer.param_groups[0]["maximize"] = False
+    models[0].train(gradient_steps=1, batch_size=8)
+    assert isinstance(models[0]._descents["critic"], FlatAdam)
+
+
 def test_gradients_stay_visible_and_users_can_use_autograd() -> None:
     model = make().learn(30)
     assert all(parameter.grad is not None for parameter in model.critic.parameters())

@@ -131,6 +131,16 @@ class FlatAdam(Descent):
         :param fused: its fused modules
         :return: why Adam cannot run flat; None if it can
         """
+        reason = FlatAdam._obstacle_of_now(optimizer, fused)
+        if reason is not None:
+            return reason
+        inside = sum(parameter.numel() for module in fused for parameter in module.parameters())
+        outside = sum(parameter.numel() for parameter in parameters_of(optimizer)) - inside
+        return "most parameters are outside of fused layers" if outside > max(inside, FEW) else None
+
+    @staticmethod
+    def _obstacle_of_now(optimizer: th.optim.Optimizer, fused: Sequence[Fused]) -> str | None:
+        """The part of `obstacle` that may change while memory and parameters stay."""
         for module in fused:
             if module.layers() is None:
                 return module.obstacle
@@ -142,10 +152,6 @@ class FlatAdam(Descent):
             return f"Adam's options {', '.join(options) or 'lr as a tensor'}"
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             return "a hook on the optimizer"
-        inside = sum(parameter.numel() for module in fused for parameter in module.parameters())
-        outside = sum(parameter.numel() for parameter in group["params"]) - inside
-        if outside > max(inside, FEW):
-            return "most parameters are outside of fused layers"
         if not all(parameter.requires_grad for parameter in group["params"]):
             return "frozen parameters"
         return None
@@ -202,10 +208,12 @@ class FlatAdam(Descent):
         self.published = True
 
     def is_current(self) -> bool:
-        """Whether parameters and moments are still in the flat tensors (not so after loading an optimizer, say)."""
+        """Whether there is no obstacle yet, and parameters and moments are in the flat tensors (not so after a load, say)."""
+        if self._obstacle_of_now(self.optimizer, self.fused) is not None or not self.flat.holds(self.parameters):
+            return False
         state = self.optimizer.state
-        if not self.flat.holds(self.parameters) or not self.published:
-            return self.flat.holds(self.parameters) and len(state) == 0
+        if not self.published:
+            return len(state) == 0
         states = [state.get(parameter, {}) for parameter in self.parameters]
         flats = (self.counts, *self.moments)
         return all(states) and all(flat.holds([s[name] for s in states]) for flat, name in zip(flats, STATE, strict=True))

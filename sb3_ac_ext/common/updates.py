@@ -1,7 +1,6 @@
 """The update loop that the algorithms share, so that each `train` reads as its paper."""
 
-import inspect
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from functools import cache
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from sb3_ac_ext.common.critics import TwinStreamCritic
 from sb3_ac_ext.common.descent import Average, Descent, FlatAdam, backward, constant, parameters_of
 from sb3_ac_ext.common.fused_mlp import Fused
 from sb3_ac_ext.common.means import TensorMeans
+from sb3_ac_ext.common.participants import Participants, modules_in
 from sb3_ac_ext.common.schedules import as_schedule
 from sb3_ac_ext.common.tape import Tape
 from sb3_ac_ext.common.typing import constructor_keys
@@ -22,10 +22,6 @@ from sb3_ac_ext.common.validation import NonFiniteError, check_mapping, check_nu
 from sb3_ac_ext.common.workspace import Workspace
 
 Batch = TypeVar("Batch")
-
-REPEATABLE = frozenset({"torch", "stable_baselines3", "sb3_ac_ext"})
-"""Packages whose modules and algorithms do nothing but operations on tensors, as far as an update is concerned."""
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class UpdateMixin(BaseAlgorithm):
@@ -49,6 +45,7 @@ class UpdateMixin(BaseAlgorithm):
     _workspace: Workspace
     _capture: Capture
     _records: bool
+    _participants: Participants | None
 
     def _optimizers(self) -> dict[str, th.optim.Optimizer]:
         """The optimizers by the name of their network."""
@@ -72,7 +69,7 @@ class UpdateMixin(BaseAlgorithm):
         self._means = TensorMeans()
         self._workspace = Workspace()
         self._capture = Capture(self._means, CudaRecording if self.device.type == "cuda" else Tape)
-        self._records = False
+        self._records, self._participants = False, None
         for module in self.policy.modules():
             if isinstance(module, Fused):
                 module.fused = self.engine
@@ -85,11 +82,12 @@ class UpdateMixin(BaseAlgorithm):
     def _choose_descent(self, network: str, optimizer: th.optim.Optimizer) -> Descent:
         """Flat steps where they are possible now: memory, layers, hooks may have changed since the last time."""
         current = self._descents.get(network)
-        known = isinstance(current, FlatAdam) and current.optimizer is optimizer and current.is_current()
-        fused = current.fused if isinstance(current, FlatAdam) else self._fused(optimizer)
-        if not (self.engine and FlatAdam.obstacle(optimizer, fused) is None and (known or FlatAdam.in_step(optimizer))):
-            return Descent(optimizer)
-        return current if known and current is not None else FlatAdam(optimizer, fused)
+        if self.engine and isinstance(current, FlatAdam) and current.optimizer is optimizer and current.is_current():
+            return current
+        fused = self._fused(optimizer)
+        if self.engine and FlatAdam.obstacle(optimizer, fused) is None and FlatAdam.in_step(optimizer):
+            return FlatAdam(optimizer, fused)
+        return Descent(optimizer)
 
     def _fused(self, optimizer: th.optim.Optimizer) -> list[Fused]:
         own = {id(parameter) for parameter in parameters_of(optimizer)}
@@ -123,26 +121,21 @@ class UpdateMixin(BaseAlgorithm):
             return "not every network is updated flat"
         if th.is_anomaly_enabled():
             return "PyTorch looks for anomalies"
-        owner: Any
-        for owner in (self, *_modules_in(self.policy)):
-            kind: Any = type(owner)
-            own = vars(owner)
-            if not _repeatable(kind):
-                return f"what a {kind.__name__} does besides operations on tensors"
-            if any(own.get(name) for name in HOOKS):
-                return f"a hook on a {kind.__name__}"
-            if not _methods(kind).isdisjoint(own):
-                return f"a replaced method of a {kind.__name__}"
-        return self._capture.obstacle
+        return self._take_part().obstacle() or self._capture.obstacle
+
+    def _take_part(self) -> Participants:
+        modules = modules_in(self.policy)
+        if self._participants is None or self._participants.modules != modules:
+            self._participants = Participants(self, modules)
+        return self._participants
 
     def _fixed(self) -> Hashable:
         """What a recorded update has read from Python, and what it writes to."""
-        values = tuple(getattr(self, name, None) for name in sorted(constructor_keys(type(self))))
+        values = tuple(getattr(self, name, None) for name in _arguments(type(self)))
         numbers = tuple(value for value in values if isinstance(value, (int, float, str)))
         written = tuple(descent.fixed() for descent in self._descents.values() if isinstance(descent, FlatAdam))
         targets = tuple(average.fixed() for average in self._averages.values())
-        modules = tuple(map(id, _modules_in(self.policy)))
-        return numbers, tuple(self._max_grad_norms.items()), written, targets, modules
+        return numbers, tuple(self._max_grad_norms.items()), written, targets, self._participants
 
     def _begin_updates(self) -> None:
         """Training mode and this moment's learning rates."""
@@ -276,23 +269,20 @@ class UpdateMixin(BaseAlgorithm):
             )
 
     def _excluded_save_params(self) -> list[str]:
-        derived = ("_rates", "_max_grad_norms", "_means", "_descents", "_averages", "_others", "_workspace", "_capture")
+        derived = (
+            "_rates",
+            "_max_grad_norms",
+            "_means",
+            "_descents",
+            "_averages",
+            "_others",
+            "_workspace",
+            "_capture",
+            "_participants",
+        )
         return [*super()._excluded_save_params(), *derived]
 
 
-def _modules_in(module: th.nn.Module) -> Iterator[th.nn.Module]:
-    """``module.modules()`` in a tenth of the time, and a module that is in several others as often."""
-    yield module
-    for child in module._modules.values():
-        if child is not None:
-            yield from _modules_in(child)
-
-
 @cache
-def _repeatable(kind: Any) -> bool:
-    return kind.__module__.partition(".")[0] in REPEATABLE
-
-
-@cache
-def _methods(kind: Any) -> frozenset[str]:
-    return frozenset(name for name in dir(kind) if inspect.isroutine(inspect.getattr_static(kind, name)))
+def _arguments(kind: Any) -> tuple[str, ...]:
+    return tuple(sorted(constructor_keys(kind)))
