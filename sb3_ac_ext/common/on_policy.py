@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -21,10 +20,11 @@ from sb3_ac_ext.common.actor_critic import ROWS, ActorCritic, Evaluation, TorchA
 from sb3_ac_ext.common.arguments import check_on_policy_arguments, warn_of_endless_episodes
 from sb3_ac_ext.common.checkpoint import CheckpointMixin
 from sb3_ac_ext.common.descent import FlatAdam
+from sb3_ac_ext.common.environment_checks import check_finite, check_rollout, naming_culprits
 from sb3_ac_ext.common.rollouts import Samples, fill_estimates, flattened
 from sb3_ac_ext.common.typing import constructor_keys
 from sb3_ac_ext.common.updates import UpdateMixin
-from sb3_ac_ext.common.validation import NonFiniteError, check_keys, translated_assertions
+from sb3_ac_ext.common.validation import check_keys, translated_assertions
 from sb3_ac_ext.functional.arrays import namespace
 
 AUTOMATIC_BUFFERS = (RolloutBuffer, DictRolloutBuffer)
@@ -124,11 +124,11 @@ class OnPolicyMixin(ActingMixin, UpdateMixin, CheckpointMixin, OnPolicyAlgorithm
         :raises NonFiniteError: if an environment gave NaN or infinite numbers
         """
         ordinary = self._choose_actor() is None or type(rollout_buffer) is not RolloutBuffer
-        with self._naming_culprits(rollout_buffer):
+        with naming_culprits(self, rollout_buffer):
             if ordinary and self.rollout == "steps":
                 self._rollout_length, self._kept = n_rollout_steps, None
                 goes_on = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-                self._check_rollout(rollout_buffer)
+                check_rollout(self, rollout_buffer)
                 return goes_on
             return self._collect(env, callback, rollout_buffer, n_rollout_steps)
 
@@ -197,13 +197,13 @@ class OnPolicyMixin(ActingMixin, UpdateMixin, CheckpointMixin, OnPolicyAlgorithm
         self, buffer: RolloutBuffer, actor: ActorCritic, truncations: list[tuple[int, int, Any]]
     ) -> tuple[th.Tensor, th.Tensor]:
         """Everything that follows from observations, actions and rewards; returns what SB3 calls values and log_probs then."""
-        self._check_rollout(buffer)
+        check_rollout(self, buffer)
         length, gamma = self._rollout_length, self.gamma
         if truncations:
             steps, envs, last = (list(column) for column in zip(*truncations, strict=True))
             keys = last[0].keys() if isinstance(last[0], dict) else ()
             stacked = {key: np.stack([obs[key] for obs in last]) for key in keys} if keys else np.stack(last)
-            self._check_finite_in("last observation of an episode", stacked, np.array(envs))
+            check_finite("last observation of an episode", stacked, np.array(envs))
             buffer.rewards[steps, envs] += gamma * actor.values(stacked)
         samples = flattened(buffer, length, None, actor)
         with th.no_grad():
@@ -234,39 +234,6 @@ class OnPolicyMixin(ActingMixin, UpdateMixin, CheckpointMixin, OnPolicyAlgorithm
     def _samples(self) -> Samples:
         """The rollout, as the policy takes it now."""
         return flattened(self.rollout_buffer, self._rollout_length, self._kept, self._actor_critic())
-
-    @contextmanager
-    def _naming_culprits(self, buffer: RolloutBuffer) -> Iterator[None]:
-        """Say which environment gave NaN where the policy would only complain of its own numbers."""
-        try:
-            yield
-        except NonFiniteError:
-            raise
-        except Exception as error:  # whatever it is that the policy's NaN led to
-            everyone = np.arange(self.n_envs)
-            self._check_finite_in("reward", buffer.rewards, everyone, env_axis=1, cause=error)
-            self._check_finite_in("observation", self._last_obs, everyone, cause=error)
-            raise
-
-    def _check_rollout(self, buffer: RolloutBuffer) -> None:
-        """
-        :raises NonFiniteError: if an observation or reward is not finite
-        """
-        everyone = np.arange(self.n_envs)
-        self._check_finite_in("observation", buffer.observations, everyone, env_axis=1)
-        self._check_finite_in("reward", buffer.rewards, everyone, env_axis=1)
-        self._check_finite_in("observation", self._last_obs, everyone)
-
-    def _check_finite_in(
-        self, what: str, values: Any, envs: np.ndarray, env_axis: int = 0, cause: Exception | None = None
-    ) -> None:
-        for array in values.values() if isinstance(values, dict) else (values,):
-            if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-                index = envs[np.argwhere(~np.isfinite(array))[0][env_axis]]
-                raise NonFiniteError(
-                    f"environment {index} gave a non-finite {what} (NaN or infinite); check the environment, for instance "
-                    "with stable_baselines3.common.vec_env.VecCheckNan"
-                ) from cause
 
     # Updates
 

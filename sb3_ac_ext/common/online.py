@@ -8,6 +8,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ac_ext.common.actor_critic import TorchActorCritic
+from sb3_ac_ext.common.environment_checks import check_rollout, naming_culprits
 from sb3_ac_ext.common.on_policy import OnPolicyMixin
 from sb3_ac_ext.common.validation import NonFiniteError
 
@@ -39,14 +40,14 @@ class OnlineMixin(OnPolicyMixin):
         length = min(n_rollout_steps, left) if left > 0 else n_rollout_steps
         self._begin_updates()
         try:
-            with self._naming_culprits(rollout_buffer):
+            with naming_culprits(self, rollout_buffer):
                 goes_on = self._interact(env, callback, rollout_buffer, length)
         except NonFiniteError:
             raise
         except Exception:
             self._end_updates()  # if a network has become non-finite, this says so
             raise
-        self._check_rollout(rollout_buffer)
+        check_rollout(self, rollout_buffer)
         self._end_updates()
         return goes_on
 
