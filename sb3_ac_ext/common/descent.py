@@ -9,7 +9,6 @@ import torch as th
 from stable_baselines3.common.utils import polyak_update, update_learning_rate
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim.adam import adam
 
 from sb3_ac_ext.common.flat_tensor import FlatTensor, bind
 from sb3_ac_ext.common.fused_mlp import Fused, Places
@@ -256,23 +255,22 @@ class FlatAdam(Descent):
             self.optimizer.step()
             return
         group = self.optimizer.param_groups[0]
-        adam(
+        self.counts.values.add_(1)
+        th._fused_adam_(  # what torch.optim.adam.adam comes to, which would count with an operation of its own
             [self.flat.values],
             [self.gradient.values],
             [self.moments[0].values],
             [self.moments[1].values],
             [],
             [self.counts.views[0]],
-            fused=True,
-            amsgrad=False,
+            lr=self.rate,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=self.rate,
             weight_decay=group["weight_decay"],
             eps=group["eps"],
+            amsgrad=False,
             maximize=False,
         )
-        self.counts.values[1:] = self.counts.values[0]
 
     def settle(self) -> None:
         """

@@ -169,8 +169,7 @@ class OffPolicyMixin(ActingMixin, UpdateMixin, CheckpointMixin, OffPolicyAlgorit
     def _exploration_std(self) -> float | None:
         """Factor or mean sigma of the exploration noise in the scaled action space; None if there is none of known size."""
         if self._noise is not None:
-            filling = self.warmup == "noise" and self.num_timesteps < self.learning_starts
-            return 1.0 if filling else self._noise.std(self._noise_steps)
+            return self._noise_factor(self._noise)
         process = getattr(self.action_noise, "base_noise", self.action_noise)
         sigma = getattr(process, "_sigma", None)
         return None if sigma is None else float(np.mean(sigma))
@@ -183,8 +182,13 @@ class OffPolicyMixin(ActingMixin, UpdateMixin, CheckpointMixin, OffPolicyAlgorit
 
     def _scaled_noise(self, action_noise: ActionNoise | None) -> ActionNoise | None:
         """The process times this moment's factor, where ``exploration_noise`` asks for one."""
-        std = self._exploration_std()
-        return action_noise if self._noise is None or action_noise is None or std is None else ScaledNoise(action_noise, std)
+        if self._noise is None or action_noise is None:
+            return action_noise
+        return ScaledNoise(action_noise, self._noise_factor(self._noise))
+
+    def _noise_factor(self, noise: NoiseSchedule) -> float:
+        filling = self.warmup == "noise" and self.num_timesteps < self.learning_starts
+        return 1.0 if filling else noise.std(self._noise_steps)
 
     def _on_step(self) -> None:
         super()._on_step()
