@@ -117,6 +117,23 @@ def test_action_spaces(spec: AlgoSpec, space: spaces.Box) -> None:
     assert (action <= space.high).all()
 
 
+@every_algorithm
+def test_hooks_on_gradients_are_called(spec: AlgoSpec) -> None:
+    """Those that are there when training goes on; without them the fast paths are back."""
+    model = make(spec, RandomEnv(BOX, CONTINUOUS)).learn(20)
+    report, seen = model.engine_report(), set()
+    names = {id(parameter): name for name, parameter in model.policy.named_parameters()}
+    trained = {id(p): p for optimizer in model._optimizers().values() for p in optimizer.param_groups[0]["params"]}
+    hooks = [p.register_hook(lambda grad, key=key: seen.add(key) or grad) for key, p in trained.items() if key in names]
+    model.learn(20, reset_num_timesteps=False)
+    assert {names[key] for key in seen} == {names[key] for key in trained if key in names}
+    for hook in hooks:
+        hook.remove()
+    model.learn(20, reset_num_timesteps=False)
+    assert len(hooks) > 4
+    assert model.engine_report() == report
+
+
 @every_on_policy_algorithm
 @pytest.mark.parametrize(
     "space",

@@ -310,6 +310,19 @@ def test_a_hook_added_later_is_honoured() -> None:
     assert isinstance(model._descents["critic"], FlatAdam)
 
 
+def test_a_hook_may_change_a_gradient() -> None:
+    trained = []
+    for engine in (True, False):
+        model = make(engine=engine)  # which seeds everything
+        weight = model.critic.qf0[0].weight
+        weight.register_hook(lambda grad: 0 * grad)
+        before = weight.clone()
+        trained.append(train_from(model.learn(30)))
+        assert th.equal(weight, before)  # Adam does not move what has no gradient
+        assert not engine or model.engine_report()["critic update"] == "PyTorch: a hook on a parameter"
+    th.testing.assert_close(*trained, rtol=0, atol=1e-5)
+
+
 def test_an_option_of_adam_set_later_is_honoured() -> None:
     models = [make(engine=engine).learn(30) for engine in (True, False)]
     for model in models:

@@ -31,6 +31,14 @@ def parameters_of(optimizer: th.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def hooked(parameters: Iterable[nn.Parameter]) -> bool:
+    """
+    :param parameters: of a network
+    :return: whether somebody sees one of their gradients on its way, and may change it
+    """
+    return any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters)
+
+
 @contextmanager
 def constant(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """
@@ -151,6 +159,8 @@ class FlatAdam(Descent):
             return f"Adam's options {', '.join(options) or 'lr as a tensor'}"
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             return "a hook on the optimizer"
+        if hooked(group["params"]):
+            return "a hook on a parameter"
         if not all(parameter.requires_grad for parameter in group["params"]):
             return "frozen parameters"
         return None

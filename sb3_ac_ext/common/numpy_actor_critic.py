@@ -12,7 +12,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 
 from sb3_ac_ext.common.actor_critic import PARTS, MlpPolicy, pieces_of
-from sb3_ac_ext.common.descent import Descent, FlatAdam
+from sb3_ac_ext.common.descent import Descent, FlatAdam, hooked
 from sb3_ac_ext.common.flat_tensor import FlatTensor
 from sb3_ac_ext.common.fused_mlp import FusedLinear, FusedMLP
 from sb3_ac_ext.common.numpy_heads import HEADS
@@ -43,6 +43,8 @@ def _obstacle_in_front(policy: Any) -> str | None:
     modules = _modules(policy)
     if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
         return "a hook on the policy"
+    if hooked(policy.parameters()):
+        return "a hook on a parameter"
     if any(METHODS & vars(owner).keys() for owner in (*modules, policy.action_dist)):
         return "a method of the policy was replaced"
     return None

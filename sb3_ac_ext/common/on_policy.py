@@ -19,7 +19,7 @@ from sb3_ac_ext.common.acting import ActingMixin
 from sb3_ac_ext.common.actor_critic import ROWS, ActorCritic, Evaluation, TorchActorCritic
 from sb3_ac_ext.common.arguments import check_on_policy_arguments, warn_of_endless_episodes
 from sb3_ac_ext.common.checkpoint import CheckpointMixin
-from sb3_ac_ext.common.descent import FlatAdam
+from sb3_ac_ext.common.descent import FlatAdam, hooked
 from sb3_ac_ext.common.environment_checks import check_finite, check_rollout, naming_culprits
 from sb3_ac_ext.common.rollouts import Samples, fill_estimates, flattened
 from sb3_ac_ext.common.typing import constructor_keys
@@ -244,6 +244,8 @@ class OnPolicyMixin(ActingMixin, UpdateMixin, CheckpointMixin, OnPolicyAlgorithm
     def _begin_updates(self) -> None:
         self._restore_random_state()
         super()._begin_updates()
+        if hooked(self.policy.parameters()):
+            self._numpy_actor = None  # what acts without gradients does not look for these
         self._learner = self._actor_critic()
         self._learner.receive(self._descents.values())
 
