@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +320,45 @@ def test_a_hook_may_change_a_gradient() -> None:
         trained.append(train_from(model.learn(30)))
         assert th.equal(weight, before)  # Adam does not move what has no gradient
         assert not engine or model.engine_report()["critic update"] == "PyTorch: a hook on a parameter"
+    th.testing.assert_close(*trained, rtol=0, atol=1e-5)
+
+
+def layer(model: TD3X) -> None:
+    for critic in (model.critic, model.critic_target):
+        critic.qf0[0] = nn.Linear(critic.qf0[0].in_features, 16)
+
+
+def weight(model: TD3X) -> None:
+    for critic in (model.critic, model.critic_target):
+        critic.qf0[0].weight = nn.Parameter(critic.qf0[0].weight.detach().clone())
+
+
+def one_more(model: TD3X) -> None:
+    for critic in (model.critic, model.critic_target):
+        critic.more = nn.Parameter(th.ones(2))
+
+
+def weight_of_the_target(model: TD3X) -> None:
+    first = model.critic_target.qf0[0]
+    first.weight = nn.Parameter(first.weight.detach().clone())
+
+
+@pytest.mark.parametrize("change", [layer, weight, one_more, weight_of_the_target], ids=lambda change: change.__name__)
+def test_other_parameters_are_trained_and_followed(change: Callable[[TD3X], None]) -> None:
+    """Somebody has put them into the networks and the optimizer."""
+    trained = []
+    for engine in (True, False):
+        model = make(engine=engine).learn(30)
+        change(model)
+        model.critic.optimizer.param_groups[0]["params"] = list(model.critic.parameters())
+        with th.no_grad():
+            for critic in (model.critic, model.critic_target):
+                for parameter in critic.qf0[0].parameters():
+                    parameter.fill_(0.1)
+        trained.append(train_from(model))
+        for critic in (model.critic, model.critic_target):
+            first = critic.qf0[0].weight
+            assert not th.equal(first, th.full_like(first, 0.1))
     th.testing.assert_close(*trained, rtol=0, atol=1e-5)
 
 

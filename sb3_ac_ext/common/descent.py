@@ -1,6 +1,7 @@
 """Gradient steps and target averages on one flat tensor for each network, where its layers and optimizer allow it."""
 
 import math
+import operator
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -218,7 +219,11 @@ class FlatAdam(Descent):
 
     def is_current(self) -> bool:
         """Whether there is no obstacle yet, and parameters and moments are in the flat tensors (not so after a load, say)."""
-        if self._obstacle_of_now(self.optimizer, self.fused) is not None or not self.flat.holds(self.parameters):
+        if self._obstacle_of_now(self.optimizer, self.fused) is not None:
+            return False
+        now = self.optimizer.param_groups[0]["params"]
+        same = len(now) == len(self.parameters) and all(map(operator.is_, now, self.parameters))
+        if not (same and self.flat.holds(self.parameters)):
             return False
         state = self.optimizer.state
         if not self.published:

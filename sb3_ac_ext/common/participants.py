@@ -1,7 +1,8 @@
 """Who takes part in an update, and whether it can be done again without their Python."""
 
 import inspect
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,11 @@ def modules_in(module: th.nn.Module) -> list[th.nn.Module]:
     return found
 
 
+def parameters_in(modules: Iterable[th.nn.Module]) -> list[Any]:
+    """The parameters of ``modules``, None where one has been left out, as a bias can be."""
+    return [parameter for module in modules for parameter in module._parameters.values()]
+
+
 class Participants:
     """
     The objects whose methods make up an update; looked up once, so that their state is quick to see before each round.
@@ -30,11 +36,18 @@ class Participants:
 
     def __init__(self, algorithm: Any, modules: Sequence[th.nn.Module]) -> None:
         self.modules = modules
+        self.parameters = parameters_in(modules)
         owners: tuple[Any, ...] = (algorithm, *modules)
         kinds: list[Any] = [type(owner) for owner in owners]
         self._strangers = [kind for kind in kinds if not _repeatable(kind)]
         self._hooks = [getattr(module, name) for module in modules for name in HOOKS]
         self._methods = [(owner, _methods(kind)) for owner, kind in zip(owners, kinds, strict=True)]
+
+    def are(self, modules: Sequence[th.nn.Module]) -> bool:
+        """Whether ``modules`` are the same ones, with the same parameters."""
+        parameters = parameters_in(modules)
+        same = self.modules == modules and len(self.parameters) == len(parameters)
+        return same and all(map(operator.is_, self.parameters, parameters))
 
     def obstacle(self) -> str | None:
         """Why their update cannot be done again without Python; None if it can."""

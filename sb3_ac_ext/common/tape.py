@@ -18,7 +18,7 @@ IN_PLACE_OF_NEW = frozenset(
     {"addmm", "baddbmm", "bmm", "mm", "cat", "stack", "clone", "sum", "mean", "add", "sub", "rsub", "mul", "div", "neg", "pow"}
     | {"exp", "log", "tanh", "clamp", "minimum", "maximum", "linalg_vector_norm", "_foreach_norm", "ones_like", "zeros_like"}
     | {"threshold_backward", "tanh_backward", "softplus", "softplus_backward", "sigmoid", "where", "abs", "reciprocal"}
-    | {"mse_loss", "mse_loss_backward", "eq", "ne", "lt", "le", "gt", "ge"}
+    | {"mse_loss_backward", "eq", "ne", "lt", "le", "gt", "ge"}
 )
 """Operations that are given the memory of their first result; the results of others are copied there."""
 

@@ -45,7 +45,7 @@ class UpdateMixin(BaseAlgorithm):
     _workspace: Workspace
     _capture: Capture
     _records: bool
-    _participants: Participants | None
+    _participants: Participants
 
     def _optimizers(self) -> dict[str, th.optim.Optimizer]:
         """The optimizers by the name of their network."""
@@ -69,15 +69,14 @@ class UpdateMixin(BaseAlgorithm):
         self._means = TensorMeans()
         self._workspace = Workspace()
         self._capture = Capture(self._means, CudaRecording if self.device.type == "cuda" else Tape)
-        self._records, self._participants = False, None
+        self._records, self._participants = False, Participants(self, [])
         for module in self.policy.modules():
             if isinstance(module, Fused):
                 module.fused = self.engine
             if isinstance(module, TwinStreamCritic) and self.engine:
                 module.lay_out()
         self._descents = {}
-        self._others = {}
-        self._averages = {name: Average(getattr(self, f"{name}_target")) for name in names if hasattr(self, f"{name}_target")}
+        self._look_around()
 
     def _choose_descent(self, network: str, optimizer: th.optim.Optimizer) -> Descent:
         """Flat steps where they are possible now: memory, layers, hooks may have changed since the last time."""
@@ -100,6 +99,7 @@ class UpdateMixin(BaseAlgorithm):
 
         :return: a sentence for each part
         """
+        self._look_around()
         report = {}
         for name, optimizer in self._optimizers().items():
             obstacle = FlatAdam.obstacle(optimizer, self._fused(optimizer)) if self.engine else "engine=False"
@@ -121,13 +121,16 @@ class UpdateMixin(BaseAlgorithm):
             return "not every network is updated flat"
         if th.is_anomaly_enabled():
             return "PyTorch looks for anomalies"
-        return self._take_part().obstacle() or self._capture.obstacle
+        return self._participants.obstacle() or self._capture.obstacle
 
-    def _take_part(self) -> Participants:
+    def _look_around(self) -> None:
+        """Notice modules and parameters that somebody has replaced."""
         modules = modules_in(self.policy)
-        if self._participants is None or self._participants.modules != modules:
+        if not self._participants.are(modules):
             self._participants = Participants(self, modules)
-        return self._participants
+            targets = {name: getattr(self, f"{name}_target", None) for name in self._optimizers()}
+            self._averages = {name: Average(target) for name, target in targets.items() if target is not None}
+            self._others = {}
 
     def _fixed(self) -> Hashable:
         """What a recorded update has read from Python, and what it writes to."""
@@ -139,6 +142,7 @@ class UpdateMixin(BaseAlgorithm):
 
     def _begin_updates(self) -> None:
         """Training mode and this moment's learning rates."""
+        self._look_around()
         self.policy.set_training_mode(True)
         progress = self._current_progress_remaining
         rate = self.lr_schedule(progress)
