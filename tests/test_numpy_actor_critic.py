@@ -157,6 +157,27 @@ def test_frozen_parameters_stay_frozen() -> None:
 # Acting
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["", "optimizer not told"])
+def test_a_replaced_layer_is_trained_if_the_optimizer_has_it(told: bool) -> None:
+    trained = []
+    for engine in (True, False):
+        model = make(engine=engine).learn(32)
+        layers = model.policy.mlp_extractor.policy_net
+        layers[0] = nn.Linear(layers[0].in_features, layers[0].out_features)
+        weight = layers[0].weight
+        with th.no_grad():
+            layers[0].bias.zero_()
+            weight.fill_(0.1)
+        if told:
+            model.policy.optimizer.param_groups[0]["params"] = list(model.policy.parameters())
+        np.random.seed(0)
+        th.manual_seed(0)
+        model.learn(32, reset_num_timesteps=False)
+        assert th.equal(weight, th.full_like(weight, 0.1)) is not told
+        trained.append(nn.utils.parameters_to_vector(model.policy.parameters()))
+    th.testing.assert_close(*trained, rtol=0, atol=1e-5)
+
+
 @every_kind
 @pytest.mark.parametrize("deterministic", [True, False], ids=["mode", "sample"])
 @pytest.mark.parametrize(

@@ -180,8 +180,9 @@ class NumpyActorCritic:
                 self.gradients[id(parameter)] = view.numpy()
 
     def places(self, parameters: Sequence[nn.Parameter]) -> list[np.ndarray]:
-        """Where the gradients of ``parameters`` go."""
-        return [self.gradients[id(parameter)] for parameter in parameters]
+        """Where the gradients of ``parameters`` go; to nobody where no optimizer has one."""
+        own = self.gradients
+        return [own[id(p)] if id(p) in own else np.empty_like(p.detach().numpy()) for p in parameters]
 
 
 Places = Callable[[Sequence[nn.Parameter]], list[np.ndarray]]
