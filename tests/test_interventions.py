@@ -1,0 +1,201 @@
+"""Whatever somebody does to a model between updates, the fast paths go on as the ordinary ones do."""
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from environments import BOX, CONTINUOUS, RandomEnv
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stable_baselines3.common.logger import Logger
+from torch import nn
+
+from sb3_ac_ext import DDPGX, PPOX, SACX, TD3X, TRPOX
+
+ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "td3x": (TD3X, {"learning_starts": 10, "buffer_size": 300}),
+    "ddpgx": (DDPGX, {"learning_starts": 10, "buffer_size": 300}),
+    "sacx": (SACX, {"learning_starts": 10, "buffer_size": 300}),
+    "ppox": (PPOX, {"n_steps": 16, "n_epochs": 2}),
+    "trpox": (TRPOX, {"n_steps": 16}),
+}
+
+
+class Subject:
+    """A model and what somebody has done to it."""
+
+    def __init__(self, algorithm: str, engine: bool) -> None:
+        cls, kwargs = ALGORITHMS[algorithm]
+        own = {"policy_kwargs": {"net_arch": [8, 8]}, "seed": 0, "batch_size": 8, "engine": engine}
+        self.model = cls("MlpPolicy", RandomEnv(BOX, CONTINUOUS), **own, **kwargs)
+        self.model.set_logger(Logger(None, []))
+        self.hooks: list[Any] = []
+
+    def actor(self) -> Any:
+        """The layers of the policy."""
+        if isinstance(self.model, (PPOX, TRPOX)):
+            return self.model.policy.mlp_extractor.policy_net
+        return self.model.actor.latent_pi if isinstance(self.model, SACX) else self.model.actor.mu
+
+    def critic(self) -> Any:
+        """The layers of a value."""
+        on_policy = isinstance(self.model, (PPOX, TRPOX))
+        return self.model.policy.mlp_extractor.value_net if on_policy else self.model.critic.qf0
+
+    def optimizers(self) -> list[th.optim.Optimizer]:
+        return list(self.model._optimizers().values())
+
+    def train(self, seed: int, intervention: "Callable[[Subject], None] | None") -> th.Tensor:
+        """Some updates after an intervention, from given random states; returns all parameters."""
+        np.random.seed(seed)
+        th.manual_seed(seed)
+        self.model.action_space.seed(seed)
+        self.model.env.seed(seed)
+        if intervention is not None:
+            intervention(self)
+        self.model._last_obs = None
+        self.model.learn(32, reset_num_timesteps=False)
+        return th.cat([value.detach().flatten() for value in self.model.policy.state_dict().values()])
+
+
+def hook_on_a_layer(subject: Subject) -> None:
+    subject.hooks.append(subject.critic()[0].register_forward_hook(lambda module, inputs, output: 0.9 * output))
+
+
+def hook_on_a_gradient(subject: Subject) -> None:
+    subject.hooks.append(subject.actor()[0].weight.register_hook(lambda grad: 0.5 * grad))
+
+
+def hooks_gone(subject: Subject) -> None:
+    while subject.hooks:
+        subject.hooks.pop().remove()
+
+
+def frozen(subject: Subject) -> None:
+    subject.critic()[0].bias.requires_grad_(False)
+
+
+def thawed(subject: Subject) -> None:
+    subject.critic()[0].bias.requires_grad_(True)
+
+
+def weights_loaded(subject: Subject) -> None:
+    state = subject.model.policy.state_dict()
+    subject.model.policy.load_state_dict({name: 0.9 * value for name, value in state.items()})
+
+
+def everything_set(subject: Subject) -> None:
+    subject.model.set_parameters(copy.deepcopy(subject.model.get_parameters()))
+
+
+def optimizers_loaded(subject: Subject) -> None:
+    for optimizer in subject.optimizers():
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def new_memory(subject: Subject) -> None:
+    for parameter in subject.model.policy.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def edited_in_place(subject: Subject) -> None:
+    with th.no_grad():
+        subject.actor()[0].weight.mul_(1.1)
+
+
+def no_gradients(subject: Subject) -> None:
+    for parameter in subject.model.policy.parameters():
+        parameter.grad = None
+
+
+def own_gradients(subject: Subject) -> None:
+    subject.critic()(th.ones(2, subject.critic()[0].in_features)).sum().backward()
+
+
+def other_layer(subject: Subject) -> None:
+    layers = subject.actor()
+    old, new = layers[0], nn.Linear(layers[0].in_features, layers[0].out_features)
+    with th.no_grad():
+        new.weight.copy_(old.weight).mul_(0.5)
+        new.bias.copy_(old.bias)
+    layers[0] = new
+    replaced = {id(a): b for a, b in zip(old.parameters(), new.parameters(), strict=True)}
+    for optimizer in subject.optimizers():
+        group = optimizer.param_groups[0]
+        group["params"] = [replaced.get(id(parameter), parameter) for parameter in group["params"]]
+        for parameter in old.parameters():
+            optimizer.state.pop(parameter, None)
+
+
+def other_activation(subject: Subject) -> None:
+    subject.critic()[1] = nn.Sigmoid()
+
+
+def unknown_activation(subject: Subject) -> None:
+    subject.critic()[1] = nn.GELU()
+
+
+def other_gamma(subject: Subject) -> None:
+    subject.model.gamma = 0.9
+
+
+def other_tau(subject: Subject) -> None:
+    subject.model.tau = 0.3
+
+
+def other_batches(subject: Subject) -> None:
+    subject.model.batch_size = 4
+
+
+def other_rate(subject: Subject) -> None:
+    subject.model.lr_schedule = lambda _: 1e-4
+
+
+def other_betas(subject: Subject) -> None:
+    for optimizer in subject.optimizers():
+        optimizer.param_groups[0]["betas"] = (0.8, 0.99)
+
+
+def other_decay(subject: Subject) -> None:
+    for optimizer in subject.optimizers():
+        optimizer.param_groups[0]["weight_decay"] = 0.01
+
+
+def other_optimizer(subject: Subject) -> None:
+    own = subject.model.policy if isinstance(subject.model, (PPOX, TRPOX)) else subject.model.actor
+    parameters = own.optimizer.param_groups[0]["params"]
+    own.optimizer = th.optim.RMSprop(parameters, lr=1e-3)
+
+
+def saved_and_loaded(subject: Subject) -> None:
+    hooks_gone(subject)
+    file, old = io.BytesIO(), subject.model
+    old.save(file)
+    file.seek(0)
+    if not all(isinstance(optimizer, th.optim.Adam) for optimizer in subject.optimizers()):
+        return  # the file is for another optimizer than the one that a new model has
+    subject.model = type(old).load(file, env=old.env, engine=old.engine)
+    if hasattr(old, "replay_buffer"):
+        subject.model.replay_buffer = old.replay_buffer
+    subject.model.set_logger(Logger(None, []))
+
+
+INTERVENTIONS: list[Callable[[Subject], None]] = [
+    *(hook_on_a_layer, hook_on_a_gradient, hooks_gone, frozen, thawed, weights_loaded, everything_set, optimizers_loaded),
+    *(new_memory, edited_in_place, no_gradients, own_gradients, other_layer, other_activation, unknown_activation),
+    *(other_gamma, other_tau, other_batches, other_rate, other_betas, other_decay, other_optimizer, saved_and_loaded),
+]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.sampled_from(INTERVENTIONS), min_size=3, max_size=5))
+def test_updates_go_on_as_without_the_engine(algorithm: str, interventions: list[Callable[[Subject], None]]) -> None:
+    subjects = [Subject(algorithm, engine) for engine in (True, False)]
+    for step, intervention in enumerate([None, *interventions]):
+        trained = [subject.train(step, intervention) for subject in subjects]
+        th.testing.assert_close(*trained, rtol=0, atol=1e-4)
