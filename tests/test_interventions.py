@@ -192,7 +192,7 @@ INTERVENTIONS: list[Callable[[Subject], None]] = [
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.sampled_from(INTERVENTIONS), min_size=3, max_size=5))
 def test_updates_go_on_as_without_the_engine(algorithm: str, interventions: list[Callable[[Subject], None]]) -> None:
     subjects = [Subject(algorithm, engine) for engine in (True, False)]
