@@ -679,6 +679,32 @@ def test_products_are_as_exact_as_fp32_whatever_was_chosen() -> None:
     assert setting() == "none"
 
 
+@pytest.mark.parametrize("rows", [512, 300, 255], ids=["divisible", "divisible too", "not divisible"])
+@pytest.mark.parametrize("given", [False, True], ids=["new memory", "given memory"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_a_piece_for_each_thread(rows: int, given: bool, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "faster_through_onednn", lambda *size: False)
+    monkeypatch.setattr(th, "get_num_threads", lambda: 2)
+    batched = []
+    for name in ("bmm", "baddbmm"):
+        original = getattr(th, name)
+        monkeypatch.setattr(
+            th, name, lambda *args, original=original, **kwargs: batched.append(args[-1].shape) or original(*args, **kwargs)
+        )
+    a = th.randn(400, rows).t() if transposed else th.randn(rows, 400)
+    b, bias = th.randn(300, 400).t(), th.randn(300)
+    exact = a.double() @ b.double()
+    for product, expected in (
+        (matmul.mm(a, b, th.empty(rows, 300) if given else None), exact),
+        (matmul.addmm(bias, a, b, th.empty(rows, 300) if given else None), exact + bias),
+    ):
+        assert product.shape == (rows, 300)
+        assert (product - expected).norm() < 1e-6 * expected.norm()
+    assert batched == ([] if rows % 2 else 2 * [(2, 400, 300)])
+    matmul.mm(a[:128], b)  # too small to be worth it
+    assert len(batched) == (0 if rows % 2 else 2)
+
+
 def test_probe_leaves_the_random_stream_alone() -> None:
     th.manual_seed(0)
     expected = th.rand(1)

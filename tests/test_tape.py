@@ -55,6 +55,13 @@ def several_results(s: State) -> None:
     s["b"].copy_(th.stack(th._foreach_norm([s["x"], s["y"], s["w"]])))
 
 
+def in_place(s: State) -> None:
+    s["x"].relu_().lerp_(s["y"], 0.25).masked_fill_(s["y"] < 0, 0.5)
+    within = (s["x"] >= 0.1).logical_and_(s["x"] <= 1)
+    s["y"].mul_(2).div_(s["x"] + 3).clamp_(-1, 1).tanh_()
+    s["out"].copy_(th.where(within, s["y"], 0.75)).add_(th.dot(s["b"], s["b"]).sqrt(), alpha=-1)
+
+
 def made_anew(s: State) -> None:
     total = th.zeros_like(s["x"])
     total += s["x"]
@@ -86,7 +93,7 @@ def random(s: State) -> None:
     s["y"].copy_(th.randn_like(s["y"]) + th.normal(s["x"], 0.1) + th.bernoulli(th.full_like(s["x"], 0.5)))
 
 
-FUNCTIONS = [products, views, elementwise, several_results, made_anew, statistics, gradients, random]
+FUNCTIONS = [products, views, elementwise, several_results, in_place, made_anew, statistics, gradients, random]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
@@ -185,6 +192,21 @@ def test_views_are_not_made_again() -> None:
     tape.record(lambda: views(state))
     schemas = [function._schema for function, _, _ in tape._calls if hasattr(function, "_schema")]
     assert schemas and all(schema.is_mutable for schema in schemas)
+
+
+def test_functions_are_called_in_place_of_operations() -> None:
+    tape, s = Tape(), fresh()
+
+    def function() -> None:
+        s["out"].copy_(th.ones_like(s["x"]) + s["x"])
+        s["out"].normal_()
+        s["b"].copy_((s["x"] @ s["w"].t()).sum(dim=0))
+
+    tape.record(function)
+    called = [getattr(function, "_schema", function) for function, _, _ in tape._calls]
+    ours = [name for name in called if not hasattr(name, "name")]
+    assert ours == [th.Tensor.fill_, th.add, th.Tensor.copy_, th.mm, th.sum, th.Tensor.copy_]
+    assert [str(name.name) for name in called if hasattr(name, "name")] == ["aten::normal_"]  # a trial would draw numbers
 
 
 def test_nothing_of_a_graph_is_kept() -> None:

@@ -1,5 +1,5 @@
 """
-Large fp32 matrix products through oneDNN, where that is faster and as exact.
+Matrix products: large fp32 ones through oneDNN, where that is faster and as exact; others in a piece for each thread.
 
 ``torch.backends.mkldnn.matmul.fp32_precision = "bf16"`` sends fp32 products on a CPU to oneDNN. On a processor without
 bf16 matrix units oneDNN computes them in fp32, on some (AMD Zen) in half of MKL's time; on one with such units (AMX) it
@@ -18,6 +18,8 @@ SMALLEST_SIDE = 128
 """Thinner products are slower through oneDNN."""
 THINNEST_BATCHED = 8
 """Several products with fewer rows or columns in the result are slower as one batched product."""
+SMALLEST_DIVIDED = 256**3
+"""Multiplications of a product from which on a batch of pieces, one for each thread, is faster than MKL's own division."""
 LARGEST_ERROR = 1e-6
 """Relative error against float64, as a ratio of norms; fp32 gives about 3e-7 for sums of some hundred terms."""
 LEAST_GAIN = 1.15
@@ -115,6 +117,11 @@ def mm(a: th.Tensor, b: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
     if _through_onednn(a, b):
         with onednn():
             return th.mm(a, b, out=out)
+    pieces = _pieces(a, b)
+    if pieces > 1:
+        a, b, place, out = _in_pieces(pieces, a, b, out)
+        th.bmm(a, b, out=place)
+        return out
     return th.mm(a, b, out=out)
 
 
@@ -130,7 +137,32 @@ def addmm(bias: th.Tensor, a: th.Tensor, b: th.Tensor, out: th.Tensor | None = N
     if _through_onednn(a, b):
         with onednn():
             return th.addmm(bias, a, b, out=out)
+    pieces = _pieces(a, b)
+    if pieces > 1:
+        a, b, place, out = _in_pieces(pieces, a, b, out)
+        th.baddbmm(bias, a, b, out=place)
+        return out
     return th.addmm(bias, a, b, out=out)
+
+
+def _in_pieces(
+    pieces: int, a: th.Tensor, b: th.Tensor, out: th.Tensor | None
+) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+    """``a``, ``b`` and memory for their product as a batch of pieces, and that memory as it was."""
+    (rows, inner), columns = a.shape, b.shape[1]
+    out = a.new_empty(rows, columns) if out is None else out
+    rows //= pieces
+    return a.view(pieces, rows, inner), b.expand(pieces, inner, columns), out.view(pieces, rows, columns), out
+
+
+def _pieces(a: th.Tensor, b: th.Tensor) -> int:
+    """Into how many products of some of the rows ``a @ b`` is divided."""
+    threads = th.get_num_threads()
+    if threads == 1 or a.device.type != "cpu":
+        return 1
+    rows, (inner, columns) = a.shape[0], b.shape
+    divisible = rows % threads == 0 and min(rows // threads * 2, inner, columns) >= SMALLEST_SIDE
+    return threads if divisible and rows * inner * columns >= SMALLEST_DIVIDED else 1
 
 
 def _one_by_one(a: th.Tensor, b: th.Tensor) -> bool:

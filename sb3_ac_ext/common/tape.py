@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from types import BuiltinFunctionType, MethodDescriptorType
+from typing import Any, cast
 
 import torch as th
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,11 +17,17 @@ WITHOUT_CONTENT = frozenset({"empty", "empty_like", "empty_strided", "new_empty"
 """Operations whose results are memory only."""
 IN_PLACE_OF_NEW = frozenset(
     {"addmm", "baddbmm", "bmm", "mm", "cat", "stack", "clone", "sum", "mean", "add", "sub", "rsub", "mul", "div", "neg", "pow"}
-    | {"exp", "log", "tanh", "clamp", "minimum", "maximum", "linalg_vector_norm", "_foreach_norm", "ones_like", "zeros_like"}
+    | {"exp", "log", "tanh", "clamp", "minimum", "maximum", "linalg_vector_norm", "_foreach_norm", "dot", "sqrt"}
     | {"threshold_backward", "tanh_backward", "softplus", "softplus_backward", "sigmoid", "where", "abs", "reciprocal"}
     | {"mse_loss_backward", "eq", "ne", "lt", "le", "gt", "ge"}
 )
 """Operations that are given the memory of their first result; the results of others are copied there."""
+FILLED: dict[str, Callable[..., Any]] = {
+    "zeros_like": lambda like: 0,
+    "ones_like": lambda like: 1,
+    "scalar_tensor": lambda value: value,
+}
+"""Operations whose results are filled with a number, and the number from their arguments."""
 
 
 class Tape(TorchDispatchMode):
@@ -69,16 +76,18 @@ class Tape(TorchDispatchMode):
         given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
         new = [tensor for tensor in _tensors(result) if tensor.untyped_storage().data_ptr() not in given]
         name = func._schema.name.removeprefix("aten::")
-        if new and name not in WITHOUT_CONTENT:
+        if name in FILLED:
+            self._calls.append((th.Tensor.fill_, (result, FILLED[name](*args)), {}))
+        elif new and name not in WITHOUT_CONTENT:
             out = _out_variant(func) if name in IN_PLACE_OF_NEW else None
             if out is None:
                 self._calls.append((_copying(func, result), args, kwargs))
             else:
                 overload, argument, kept = out
-                own = {key: value for key, value in kwargs.items() if key in kept}
-                self._calls.append((_as_noted(overload), args, {**own, argument: result}))
+                kwargs = {**{key: value for key, value in kwargs.items() if key in kept}, argument: result}
+                self._calls.append((_as_noted(_quick(overload, args, kwargs)), args, kwargs))
         elif not new and func._schema.is_mutable:
-            self._calls.append((_as_noted(func), args, kwargs))
+            self._calls.append((_as_noted(_quick(func, args, kwargs)), args, kwargs))
 
 
 def _tensors(values: Any) -> Iterator[th.Tensor]:
@@ -96,6 +105,23 @@ def _through_onednn(func: Any) -> Callable[..., Any]:
             func(*args, **kwargs)
 
     return call
+
+
+def _quick(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """
+    :param func: an operation that writes to memory
+    :return: PyTorch's own function or method for it, which is called in a third of the time; ``func`` if there is none
+    """
+    name = func._schema.name.removeprefix("aten::")
+    place, kind = (th.Tensor, MethodDescriptorType) if name.endswith("_") else (th, BuiltinFunctionType)
+    direct, operation = getattr(place, name, None), cast("Callable[..., Any]", func)
+    if not isinstance(direct, kind) or th.Tag.nondeterministic_seeded in func.tags:
+        return operation
+    try:  # on copies: some of these take other arguments than the operation
+        direct(*tree_map_only(th.Tensor, th.clone, args), **tree_map_only(th.Tensor, th.clone, kwargs))
+    except TypeError:
+        return operation
+    return direct
 
 
 def _copying(func: Any, result: Any) -> Callable[..., Any]:
