@@ -235,7 +235,7 @@ class DDPGX(OffPolicyMixin, DDPG):
             (next_q,) = self.critic_target(batch.next_observations, self.actor_target(batch.next_observations))  # (B, 1)
             target = td_target(batch.rewards, batch.dones, batch.discounts, next_q)
         (q,) = self.critic(batch.observations, batch.actions)
-        self._means.add("q", q.detach().mean())
+        self._means.add("q", q)
         return F.mse_loss(q, target)
 
     def _actor_loss(self, batch: Transitions) -> th.Tensor:

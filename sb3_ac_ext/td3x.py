@@ -145,8 +145,8 @@ class TD3X(OffPolicyMixin, TD3):
             next_q = th.min(*self.critic_target(batch.next_observations, next_actions))  # (B, 1)
             target = td_target(batch.rewards, batch.dones, batch.discounts, next_q)
         q_a, q_b = self.critic(batch.observations, batch.actions)
-        self._means.add("q_a", q_a.detach().mean())
-        self._means.add("q_b", q_b.detach().mean())
+        self._means.add("q_a", q_a)
+        self._means.add("q_b", q_b)
         return twin_mse(q_a, q_b, target)
 
     def _actor_loss(self, batch: Transitions) -> th.Tensor:

@@ -188,6 +188,14 @@ def test_dicts_of_observations_are_copied() -> None:
     assert means.read() == {}
 
 
+def test_means_of_tensors_are_those_of_their_elements() -> None:
+    means = TensorMeans()
+    for rows in (2, 4):
+        means.add("a", th.full((rows, 1), float(rows), requires_grad=True))
+    means.add("a", th.tensor(6.0))
+    assert means.read() == {"a": pytest.approx((2 * 2 + 4 * 4 + 6) / 7)}
+
+
 def test_means_start_again_when_they_are_read() -> None:
     means = TensorMeans()
     for values in ((1.0, 2.0, 6.0), (10.0,)):

@@ -133,16 +133,21 @@ def addmm(bias: th.Tensor, a: th.Tensor, b: th.Tensor, out: th.Tensor | None = N
             for k in range(len(a)):
                 addmm(bias[k], a[k], b[k], out[k])
             return out
-        return th.baddbmm(bias, a, b, out=out)
+        return _baddbmm(bias, a, b, out)
     if _through_onednn(a, b):
         with onednn():
             return th.addmm(bias, a, b, out=out)
     pieces = _pieces(a, b)
     if pieces > 1:
         a, b, place, out = _in_pieces(pieces, a, b, out)
-        th.baddbmm(bias, a, b, out=place)
+        _baddbmm(bias, a, b, place)
         return out
     return th.addmm(bias, a, b, out=out)
+
+
+def _baddbmm(bias: th.Tensor, a: th.Tensor, b: th.Tensor, out: th.Tensor | None) -> th.Tensor:
+    """On a CPU the bias is added afterwards: PyTorch would copy it to the result before, for MKL to read it again."""
+    return th.bmm(a, b, out=out).add_(bias) if a.device.type == "cpu" else th.baddbmm(bias, a, b, out=out)
 
 
 def _in_pieces(

@@ -16,7 +16,7 @@ class TensorMeans:
     def add(self, name: str, value: th.Tensor | float) -> None:
         """
         :param name: of the quantity
-        :param value: ``()`` one value of it, or a number that is on the host already
+        :param value: some values of it, in a tensor of any shape, or a number that is on the host already
         """
         if not isinstance(value, th.Tensor):
             self._host_sums[name] = self._host_sums.get(name, 0.0) + float(value)
@@ -25,9 +25,9 @@ class TensorMeans:
         value = value.detach()
         total = self._sums.get(name)
         if total is None or total.device != value.device:
-            self._sums[name] = total = th.zeros_like(value)
-        total.add_(value)
-        self._counts[name] = self._counts.get(name, 0) + 1
+            self._sums[name] = total = value.new_zeros(())
+        total.add_(value if value.dim() == 0 else value.sum())
+        self._counts[name] = self._counts.get(name, 0) + value.numel()
 
     def counts(self) -> dict[str, int]:
         """How many values of each quantity were added since they were read."""

@@ -34,15 +34,16 @@ def sample(buffer: ReplayBuffer, batch_size: int) -> tuple[th.Tensor, th.Tensor,
     rows = np.random.randint(0, buffer.size(), size=batch_size)  # noqa: NPY002 (SB3's stream)
     rows = rows * buffer.n_envs + np.random.randint(0, high=buffer.n_envs, size=batch_size)  # noqa: NPY002
 
-    def gather(array: np.ndarray, shape: tuple[int, ...]) -> th.Tensor:
-        flat = array.reshape(-1, *shape)  # a view: (steps, environments, ...) is contiguous
-        return th.from_numpy(flat.take(rows, axis=0)).to(buffer.device)
+    def gather(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return array.reshape(-1, *shape).take(rows, axis=0)  # of a view: (steps, environments, ...) is contiguous
 
     ended, truncated = gather(buffer.dones, (1,)), gather(buffer.timeouts, (1,))
-    return (
+    arrays = (
         gather(buffer.observations, buffer.obs_shape),
         gather(buffer.actions, (buffer.action_dim,)),
         gather(buffer.next_observations, buffer.obs_shape),
         ended * (1 - truncated),
         gather(buffer.rewards, (1,)),
     )
+    observations, actions, next_observations, dones, rewards = (th.from_numpy(array).to(buffer.device) for array in arrays)
+    return observations, actions, next_observations, dones, rewards

@@ -216,7 +216,7 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
             next_q = th.stack(self.critic_target(batch.next_observations, next_actions)).amin(dim=0)  # (B, N)
             target = td_target(batch.rewards, batch.dones, self.gamma, next_q)
         streams = self.critic(batch.observations, batch.actions)
-        self._means.add("q", streams[0].detach().mean())
+        self._means.add("q", streams[0])
         return th.stack([active_mean((q - target).square(), batch.active).sum() for q in streams]).sum()
 
     def _smoothed(self, actions: th.Tensor) -> th.Tensor:

@@ -213,8 +213,8 @@ class SACX(OffPolicyMixin, SAC):
         if self.use_sde:
             self.actor.reset_noise()
         batch = SoftBatch(transitions, *self._act(transitions.observations), self._alpha())
-        self._means.add("ent_coef", batch.ent_coef.mean())
-        self._means.add("entropy", -batch.log_prob.mean())
+        self._means.add("ent_coef", batch.ent_coef)
+        self._means.add("entropy", -batch.log_prob)
         return batch
 
     def _ent_coef_loss(self, batch: SoftBatch) -> th.Tensor:
@@ -233,8 +233,8 @@ class SACX(OffPolicyMixin, SAC):
             next_value = self._next_value(transitions.next_observations, batch.ent_coef)
             target = td_target(transitions.rewards, transitions.dones, transitions.discounts, next_value)
         q_a, q_b = self.critic(transitions.observations, transitions.actions)
-        self._means.add("q_a", q_a.mean())
-        self._means.add("q_b", q_b.mean())
+        self._means.add("q_a", q_a)
+        self._means.add("q_b", q_b)
         return 0.5 * twin_mse(q_a, q_b, target)
 
     def _next_value(self, observations: PyTorchObs, ent_coef: th.Tensor) -> th.Tensor:
@@ -245,7 +245,8 @@ class SACX(OffPolicyMixin, SAC):
         return soft_value(th.min(*self.critic_target(observations, actions)), log_prob, ent_coef)
 
     def _actor_loss(self, batch: SoftBatch) -> th.Tensor:
-        q = th.min(*self.critic(batch.transitions.observations, batch.actions))
+        q_a, q_b = self.critic(batch.transitions.observations, batch.actions)
+        q = th.where(q_a <= q_b, q_a, q_b)  # their minimum, whose gradient is that of one of them where they are equal
         return -soft_value(q, batch.log_prob, batch.ent_coef).mean()
 
     def _update_targets(self) -> None:
