@@ -194,7 +194,6 @@ class FlatAdam(Descent):
         count = float(state[parameters[0]]["step"]) if started else 0.0
         self.counts = FlatTensor([th.full((), count, device=parameter.device) for parameter in parameters])
         self.published, self.whole, self.steps = False, True, 0
-        self.views: list[th.Tensor] = []  # what is published, parameter by parameter
         # a recorded update reads the rate on its device, whatever it was when it was recorded
         exact = th.float64 if self.counts.values.device.type == "cpu" else th.float32
         self.rate = self.counts.values.new_full((), self.optimizer.param_groups[0]["lr"], dtype=exact)
@@ -216,7 +215,6 @@ class FlatAdam(Descent):
         flats = (self.counts, *self.moments)
         for parameter, *views in zip(self.parameters, *(flat.views for flat in flats), strict=True):
             self.optimizer.state[parameter] = dict(zip(STATE, views, strict=True))
-            self.views += views
         self.published = True
 
     def is_current(self) -> bool:
@@ -230,8 +228,9 @@ class FlatAdam(Descent):
         state = self.optimizer.state
         if not self.published:
             return len(state) == 0
-        found = [state.get(parameter, {}).get(name) for parameter in self.parameters for name in STATE]
-        return all(map(operator.is_, found, self.views))
+        states = [state.get(parameter, {}) for parameter in self.parameters]
+        flats = (self.counts, *self.moments)
+        return all(states) and all(flat.holds([s[name] for s in states]) for flat, name in zip(flats, STATE, strict=True))
 
     @contextmanager
     def receiving(self) -> Iterator[None]:

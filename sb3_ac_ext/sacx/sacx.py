@@ -246,7 +246,7 @@ class SACX(OffPolicyMixin, SAC):
 
     def _actor_loss(self, batch: SoftBatch) -> th.Tensor:
         q_a, q_b = self.critic(batch.transitions.observations, batch.actions)
-        q = th.where(q_a <= q_b, q_a, q_b)  # their minimum, whose gradient is that of one of them where they are equal
+        q = th.where(q_a <= q_b, q_a, q_b)  # th.min shares the gradient where they are equal, by ten operations
         return -soft_value(q, batch.log_prob, batch.ent_coef).mean()
 
     def _update_targets(self) -> None:
