@@ -118,46 +118,27 @@ def mm(a: th.Tensor, b: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
         with onednn():
             return th.mm(a, b, out=out)
     pieces = _pieces(a, b)
-    if pieces > 1:
-        a, b, place, out = _in_pieces(pieces, a, b, out)
-        th.bmm(a, b, out=place)
-        return out
-    return th.mm(a, b, out=out)
-
-
-def addmm(bias: th.Tensor, a: th.Tensor, b: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
-    """``a @ b + bias`` of matrices, see `torch.addmm`, or of K of each, see `torch.baddbmm`."""
-    if a.dim() == 3:
-        if _one_by_one(a, b):
-            out = a.new_empty(len(a), a.shape[1], b.shape[2]) if out is None else out
-            for k in range(len(a)):
-                addmm(bias[k], a[k], b[k], out[k])
-            return out
-        return _baddbmm(bias, a, b, out)
-    if _through_onednn(a, b):
-        with onednn():
-            return th.addmm(bias, a, b, out=out)
-    pieces = _pieces(a, b)
-    if pieces > 1:
-        a, b, place, out = _in_pieces(pieces, a, b, out)
-        _baddbmm(bias, a, b, place)
-        return out
-    return th.addmm(bias, a, b, out=out)
-
-
-def _baddbmm(bias: th.Tensor, a: th.Tensor, b: th.Tensor, out: th.Tensor | None) -> th.Tensor:
-    """On a CPU the bias is added afterwards: PyTorch would copy it to the result before, for MKL to read it again."""
-    return th.bmm(a, b, out=out).add_(bias) if a.device.type == "cpu" else th.baddbmm(bias, a, b, out=out)
-
-
-def _in_pieces(
-    pieces: int, a: th.Tensor, b: th.Tensor, out: th.Tensor | None
-) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
-    """``a``, ``b`` and memory for their product as a batch of pieces, and that memory as it was."""
+    if pieces == 1:
+        return th.mm(a, b, out=out)
     (rows, inner), columns = a.shape, b.shape[1]
     out = a.new_empty(rows, columns) if out is None else out
     rows //= pieces
-    return a.view(pieces, rows, inner), b.expand(pieces, inner, columns), out.view(pieces, rows, columns), out
+    th.bmm(a.view(pieces, rows, inner), b.expand(pieces, inner, columns), out=out.view(pieces, rows, columns))
+    return out
+
+
+def addmm(bias: th.Tensor, a: th.Tensor, b: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
+    """
+    ``a @ b + bias`` of matrices, see `torch.addmm`, or of K of each, see `torch.baddbmm`.
+
+    On a CPU the bias is added to batched products afterwards: PyTorch would copy it to the result before, for MKL to read.
+    """
+    if a.dim() == 3:
+        return mm(a, b, out).add_(bias) if a.device.type == "cpu" else th.baddbmm(bias, a, b, out=out)
+    if _through_onednn(a, b):
+        with onednn():
+            return th.addmm(bias, a, b, out=out)
+    return th.addmm(bias, a, b, out=out) if _pieces(a, b) == 1 else mm(a, b, out).add_(bias)
 
 
 def _pieces(a: th.Tensor, b: th.Tensor) -> int:
