@@ -15,6 +15,7 @@ from sb3_ac_ext.common.tape import Tape
 from sb3_ac_ext.common.workspace import Workspace
 
 State = dict[str, th.Tensor]
+ADAM = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8, "amsgrad": False, "maximize": False}
 
 
 def fresh(seed: int = 0) -> State:
@@ -42,6 +43,10 @@ def elementwise(s: State) -> None:
     s["out"].copy_(
         x / (1 + s["y"].square())
         + th.rsub(x, 1, alpha=3)
+        + (0.3 - x)
+        + (0.7 - (s["x"] > 0).int())
+        + th.rsub(x, s["y"])
+        + x.sum()
         + th.add(x, s["y"], alpha=2)
         + th.minimum(x, s["y"])
         + F.layer_norm(x, (4,))
@@ -201,11 +206,15 @@ def test_functions_are_called_in_place_of_operations() -> None:
         s["out"].copy_(th.ones_like(s["x"]) + s["x"])
         s["out"].normal_()
         s["b"].copy_((s["x"] @ s["w"].t()).sum(dim=0))
+        s["out"].mul_((1 - s["x"]).sum())
+        th._fused_adam_([x], [g], [m], [v], [], [count], lr=rate, **ADAM)
 
+    x, g, m, v, count, rate = *(th.ones(3) for _ in range(4)), th.ones(()), th.tensor(0.1)
     tape.record(function)
     called = [getattr(function, "_schema", function) for function, _, _ in tape._calls]
     ours = [name for name in called if not hasattr(name, "name")]
-    assert ours == [th.Tensor.fill_, th.add, th.Tensor.copy_, th.mm, th.sum, th.Tensor.copy_]
+    sums = [th.Tensor.fill_, th.add, th.Tensor.copy_, th.mm, th.sum, th.Tensor.copy_]
+    assert ours == [*sums, th.sub, th.sum, th.Tensor.mul_, th._fused_adam_]
     assert [str(name.name) for name in called if hasattr(name, "name")] == ["aten::normal_"]  # a trial would draw numbers
 
 

@@ -131,14 +131,11 @@ def addmm(bias: th.Tensor, a: th.Tensor, b: th.Tensor, out: th.Tensor | None = N
     """
     ``a @ b + bias`` of matrices, see `torch.addmm`, or of K of each, see `torch.baddbmm`.
 
-    On a CPU the bias is added to batched products afterwards: PyTorch would copy it to the result before, for MKL to read.
+    On a CPU the bias is added to the product: PyTorch would copy it to the result before, for MKL to read.
     """
-    if a.dim() == 3:
-        return mm(a, b, out).add_(bias) if a.device.type == "cpu" else th.baddbmm(bias, a, b, out=out)
-    if _through_onednn(a, b):
-        with onednn():
-            return th.addmm(bias, a, b, out=out)
-    return th.addmm(bias, a, b, out=out) if _pieces(a, b) == 1 else mm(a, b, out).add_(bias)
+    if a.device.type == "cpu":
+        return mm(a, b, out).add_(bias)
+    return (th.baddbmm if a.dim() == 3 else th.addmm)(bias, a, b, out=out)
 
 
 def _pieces(a: th.Tensor, b: th.Tensor) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import BuiltinFunctionType, MethodDescriptorType
-from typing import Any, cast
+from typing import Any
 
 import torch as th
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +28,11 @@ FILLED: dict[str, Callable[..., Any]] = {
     "scalar_tensor": lambda value: value,
 }
 """Operations whose results are filled with a number, and the number from their arguments."""
+SAME: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "aten.sum.out": lambda x: (th.sum, x, ()),
+    "aten.rsub.Scalar_out": lambda x, number: (th.sub, th.tensor(number, dtype=th.result_type(x, number), device=x.device), x),
+}
+"""Functions that do what an operation without one of its own does, and their arguments from the operation's."""
 
 
 class Tape(TorchDispatchMode):
@@ -85,21 +90,21 @@ class Tape(TorchDispatchMode):
             else:
                 overload, argument, kept = out
                 kwargs = {**{key: value for key, value in kwargs.items() if key in kept}, argument: result}
-                self._calls.append((_as_noted(_quick(overload, args, kwargs)), args, kwargs))
+                self._calls.append(_as_noted(*_quick(overload, args, kwargs)))
         elif not new and func._schema.is_mutable:
-            self._calls.append((_as_noted(_quick(func, args, kwargs)), args, kwargs))
+            self._calls.append(_as_noted(*_quick(func, args, kwargs)))
 
 
 def _tensors(values: Any) -> Iterator[th.Tensor]:
     return (value for value in tree_leaves(values) if isinstance(value, th.Tensor))
 
 
-def _as_noted(func: Any) -> Callable[..., Any]:
-    """``func`` with the setting of matrix products that there is now."""
-    return _through_onednn(func) if matmul.inside_onednn() else func
+def _as_noted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The call with the setting of matrix products that there is now."""
+    return _through_onednn(func) if matmul.inside_onednn() else func, args, kwargs
 
 
-def _through_onednn(func: Any) -> Callable[..., Any]:
+def _through_onednn(func: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> None:
         with matmul.onednn():
             func(*args, **kwargs)
@@ -107,21 +112,22 @@ def _through_onednn(func: Any) -> Callable[..., Any]:
     return call
 
 
-def _quick(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+def _quick(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """
     :param func: an operation that writes to memory
-    :return: PyTorch's own function or method for it, which is called in a third of the time; ``func`` if there is none
+    :return: its call, if there is one that of PyTorch's own function or method, which takes a third of the time
     """
-    name = func._schema.name.removeprefix("aten::")
-    place, kind = (th.Tensor, MethodDescriptorType) if name.endswith("_") else (th, BuiltinFunctionType)
-    direct, operation = getattr(place, name, None), cast("Callable[..., Any]", func)
-    if not isinstance(direct, kind) or th.Tag.nondeterministic_seeded in func.tags:
+    operation, name = (func, args, kwargs), func._schema.name.removeprefix("aten::")
+    direct = [getattr(th.Tensor, name, None), getattr(th, name, None)] if name.endswith("_") else [getattr(th, name, None)]
+    direct = [one for one in direct if isinstance(one, (MethodDescriptorType, BuiltinFunctionType))]
+    if not direct or th.Tag.nondeterministic_seeded in func.tags:
         return operation
     try:  # on copies: some of these take other arguments than the operation
-        direct(*tree_map_only(th.Tensor, th.clone, args), **tree_map_only(th.Tensor, th.clone, kwargs))
+        function, *own = SAME[str(func)](*args) if str(func) in SAME else (direct[0], *args)
+        function(*tree_map_only(th.Tensor, th.clone, own), **tree_map_only(th.Tensor, th.clone, kwargs))
     except TypeError:
         return operation
-    return direct
+    return function, tuple(own), kwargs
 
 
 def _copying(func: Any, result: Any) -> Callable[..., Any]:
