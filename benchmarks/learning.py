@@ -4,16 +4,20 @@ Learning studies: train through RL Zoo, several algorithms and seeds, evaluate a
     python benchmarks/learning.py --name pendulum --env Pendulum-v1 --algos td3x td3 --seeds 0 1 2
 
 Writes ``benchmarks/results/<name>.json`` (every number) and ``<name>.png`` (the curves). Runs that are already in
-``--folder`` are not repeated, so an interrupted study goes on where it stopped.
+``--folder`` are not repeated, so an interrupted study goes on where it stopped. With ``--parts K`` each run is made of K
+runs of ``-n`` steps, each of which goes on from the files of the one before: networks, optimizers, replay buffer, but not
+the schedules of learning rates, which begin anew.
 """
 
 import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -29,30 +33,37 @@ EVALUATION_SEEDS = range(10_000, 10_020)
 PACKAGES = ("torch", "stable_baselines3", "sb3_contrib", "rl_zoo3", "gymnasium", "numpy", "sb3_ac_ext")
 
 
-def train(algo: str, env_id: str, seed: int, folder: Path, options: list[str]) -> Path:
+def train(algo: str, env_id: str, seed: int, folder: Path, options: list[str], parts: int = 1) -> list[Path]:
     """
-    One run of ``rl_zoo3.train`` on one thread, unless it is there already.
+    One run of ``rl_zoo3.train`` on one thread, or several that go on from one another, unless they are there already.
 
     :param algo: the Zoo's name of the algorithm
     :param env_id: environment
-    :param seed: seed of the run
+    :param seed: seed of the run; each part has another
     :param folder: where the study's runs are
     :param options: further options of ``rl_zoo3.train``
-    :return: the folder of the run
+    :param parts: number of runs
+    :return: the folder of each part
     """
     logs = folder / f"seed{seed}"
-    run = logs / algo / f"{env_id}_1"
-    if not (run / f"{env_id}.zip").is_file():
-        command = ["-m", "rl_zoo3.train", "--algo", algo, "--env", env_id, "--seed", str(seed), "--num-threads", "1"]
+    runs = [logs / algo / f"{env_id}_{part + 1}" for part in range(parts)]
+    for part, run in enumerate(runs):
+        if (run / f"{env_id}.zip").is_file():
+            continue
+        shutil.rmtree(run, ignore_errors=True)  # was interrupted
+        command = ["-m", "rl_zoo3.train", "--algo", algo, "--env", env_id, "--num-threads", "1", "-f", str(logs), *options]
+        command += ["--seed", str(seed + 1000 * part)]
+        if part > 0:  # the Zoo counts steps anew, so random actions would come again
+            command += ["-i", str(runs[part - 1] / f"{env_id}.zip"), "-params", "learning_starts:0"]
+        if part < parts - 1:
+            command.append("--save-replay-buffer")
         logs.mkdir(parents=True, exist_ok=True)
         started = time.time()
-        with (logs / f"{algo}.log").open("w") as log:
-            arguments = [sys.executable, *command, "-f", str(logs), *options]
-            subprocess.run(
-                arguments, check=True, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
+        with (logs / f"{algo}.log").open("a" if part else "w") as log:
+            environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run([sys.executable, *command], check=True, stdout=log, stderr=subprocess.STDOUT, env=environ)
         (run / "seconds").write_text(f"{time.time() - started:.0f}")
-    return run
+    return runs
 
 
 def evaluate(algo: str, env_id: str, run: Path) -> list[float]:
@@ -79,16 +90,23 @@ def evaluate(algo: str, env_id: str, run: Path) -> list[float]:
     return returns
 
 
-def curve(run: Path) -> dict[str, list[float]]:
+def curve(env_id: str, runs: list[Path]) -> dict[str, list[float]]:
     """
-    :param run: folder of a run
+    :param env_id: environment
+    :param runs: folders of a run's parts
     :return: environment steps and mean return of its evaluations during training, empty if it had none
     """
-    file = run / "evaluations.npz"
-    if not file.is_file():
-        return {"timesteps": [], "returns": []}
-    data = np.load(file)
-    return {"timesteps": data["timesteps"].tolist(), "returns": data["results"].mean(axis=1).tolist()}
+    timesteps: list[float] = []
+    returns: list[float] = []
+    before = 0
+    for run in runs:
+        if (run / "evaluations.npz").is_file():
+            data = np.load(run / "evaluations.npz")
+            timesteps += (before + data["timesteps"]).tolist()
+            returns += data["results"].mean(axis=1).tolist()
+        with zipfile.ZipFile(run / f"{env_id}.zip") as model:
+            before += json.loads(model.read("data"))["num_timesteps"]
+    return {"timesteps": timesteps, "returns": returns}
 
 
 def last_logged(log: Path) -> dict[str, float]:
@@ -146,7 +164,14 @@ def summary(runs: list[dict[str, Any]], algos: list[str], goal: float | None) ->
 
 
 def study(
-    env_id: str, algos: list[str], seeds: list[int], folder: Path, options: list[str], jobs: int, goal: float | None = None
+    env_id: str,
+    algos: list[str],
+    seeds: list[int],
+    folder: Path,
+    options: list[str],
+    jobs: int,
+    goal: float | None = None,
+    parts: int = 1,
 ) -> dict[str, Any]:
     """
     :param env_id: environment
@@ -156,26 +181,36 @@ def study(
     :param options: further options of ``rl_zoo3.train``
     :param jobs: runs at the same time, one thread each
     :param goal: a return whose first evaluation is noted
+    :param parts: of each run, see `train`
     :return: everything that is recorded
     """
     plan = [(algo, seed) for seed in seeds for algo in algos]
     with ThreadPoolExecutor(jobs) as pool:
-        folders = list(pool.map(lambda run: train(run[0], env_id, run[1], folder, options), plan))
+        folders = list(pool.map(lambda run: train(run[0], env_id, run[1], folder, options, parts), plan))
     runs = []
-    for (algo, seed), run in zip(plan, folders, strict=True):
-        returns = evaluate(algo, env_id, run)
-        seconds = run / "seconds"
-        wall = int(seconds.read_text()) if seconds.is_file() else None
+    for (algo, seed), own in zip(plan, folders, strict=True):
+        returns = evaluate(algo, env_id, own[-1])
+        seconds = [run / "seconds" for run in own]
+        wall = sum(int(file.read_text()) for file in seconds) if all(file.is_file() for file in seconds) else None
         logged = last_logged(folder / f"seed{seed}" / f"{algo}.log")
         mean = float(np.mean(returns))
         runs.append(
-            {"algo": algo, "seed": seed, "final": returns, "mean": mean, "seconds": wall, "logged": logged, **curve(run)}
+            {
+                "algo": algo,
+                "seed": seed,
+                "final": returns,
+                "mean": mean,
+                "seconds": wall,
+                "logged": logged,
+                **curve(env_id, own),
+            }
         )
         print(f"{algo} seed {seed}: {np.mean(returns):.1f} +- {np.std(returns):.1f}")
     return {
         "env": env_id,
         "options": options,
         "jobs": jobs,
+        "parts": parts,
         "evaluation_seeds": list(EVALUATION_SEEDS),
         "random": float(np.mean(evaluate("random", env_id, folder))),
         **summary(runs, algos, goal),
@@ -222,11 +257,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="of the runs (logs/<name>)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     parser.add_argument("--goal", type=float, help="a return; the steps to the first evaluation with it are recorded")
+    parser.add_argument("--parts", type=int, default=1, help="of each run, of -n steps each")
     args, options = parser.parse_known_args()
     if args.env not in gym.registry:
         parser.error(f"--env {args.env} is not registered with Gymnasium")
+    if args.parts < 1 or (args.parts > 1 and "-params" in options):
+        parser.error(f"--parts {args.parts} must be at least 1, and 1 with -params, which each further part is given itself")
     folder = args.folder or Path("logs") / args.name
-    result = study(args.env, args.algos, args.seeds, folder, options, args.jobs, args.goal)
+    result = study(args.env, args.algos, args.seeds, folder, options, args.jobs, args.goal, args.parts)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(result, RESULTS / f"{args.name}.png")

@@ -5,13 +5,14 @@ Learning on real tasks at the Zoo's budget, against a published threshold and ag
 policy's return to it.
 """
 
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from learning import study
+from learning import curve, study, train
 
 
 @dataclass(frozen=True)
@@ -82,3 +83,26 @@ def test_learns(check: Check, tmp_path: Path) -> None:
         assert np.median(scores) >= medians[check.reference] - check.margin
     for key, (low, high) in check.logged.items():
         assert all(low <= run["logged"][key] <= high for run in own), key
+
+
+def test_parts_of_a_run_go_on_from_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def trained(command: list[str], **kwargs: Any) -> None:
+        run = tmp_path / "seed7" / "td3x" / f"Pendulum-v1_{len(commands) + 1}"
+        commands.append(command)
+        assert not run.exists()
+        run.mkdir(parents=True)
+        np.savez(run / "evaluations.npz", timesteps=[50, 100], results=[[len(commands)], [3]])
+        with zipfile.ZipFile(run / "Pendulum-v1.zip", "w") as file:
+            file.writestr("data", '{"num_timesteps": 104}')
+
+    monkeypatch.setattr("learning.subprocess.run", trained)
+    (tmp_path / "seed7" / "td3x" / "Pendulum-v1_2").mkdir(parents=True)  # of an attempt that was interrupted
+    runs = train("td3x", "Pendulum-v1", 7, tmp_path, ["-n", "100"], parts=2)
+    assert train("td3x", "Pendulum-v1", 7, tmp_path, ["-n", "100"], parts=2) == runs  # nothing is done again
+    first, second = (" ".join(command) for command in commands)
+    assert "--seed 7 --save-replay-buffer" in first and " -i " not in first
+    assert f"--seed 1007 -i {runs[0] / 'Pendulum-v1.zip'} -params learning_starts:0" in second
+    assert "--save-replay-buffer" not in second
+    assert curve("Pendulum-v1", runs) == {"timesteps": [50, 100, 154, 204], "returns": [1, 3, 2, 3]}
