@@ -115,7 +115,7 @@ def _through_onednn(func: Callable[..., Any]) -> Callable[..., Any]:
 def _quick(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """
     :param func: an operation that writes to memory
-    :return: its call, if there is one that of PyTorch's own function or method, which takes a third of the time
+    :return: the call of PyTorch's own function or method for it, in a third of the time; its own if there is none
     """
     operation, name = (func, args, kwargs), func._schema.name.removeprefix("aten::")
     direct = [getattr(th.Tensor, name, None), getattr(th, name, None)] if name.endswith("_") else [getattr(th, name, None)]
