@@ -4,9 +4,9 @@ Learning studies: train through RL Zoo, several algorithms and seeds, evaluate a
     python benchmarks/learning.py --name pendulum --env Pendulum-v1 --algos td3x td3 --seeds 0 1 2
 
 Writes ``benchmarks/results/<name>.json`` (every number) and ``<name>.png`` (the curves). Runs that are already in
-``--folder`` are not repeated, so an interrupted study goes on where it stopped. With ``--parts K`` each run is made of K
-runs of ``-n`` steps, each of which goes on from the files of the one before: networks, optimizers, replay buffer, but not
-the schedules of learning rates, which begin anew.
+``--folder`` are not repeated, so an interrupted study goes on where it stopped; what is left of an unfinished run is deleted.
+With ``--parts K`` each run is made of K runs of ``-n`` steps, each of which goes on from the files of the one before:
+networks, optimizers, replay buffer, but not the schedules of learning rates, which begin anew.
 """
 
 import argparse
