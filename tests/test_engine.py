@@ -437,6 +437,7 @@ def test_a_context_within_another_gives_back_its_own_alone() -> None:
 def test_direct_batches_are_those_of_the_buffer(space: spaces.Space, n_envs: int) -> None:
     buffer = ReplayBuffer(30 * n_envs, space, CONTINUOUS, n_envs=n_envs)
     shape = buffer.obs_shape
+    sample = replay.Sampler(buffer, 16, 0.9)
     for step in range(47):  # past the end, so that the buffer is full
         obs = [np.stack([space.sample() for _ in range(n_envs)]).reshape(n_envs, *shape) for _ in range(2)]
         actions = np.stack([CONTINUOUS.sample() for _ in range(n_envs)])
@@ -448,9 +449,10 @@ def test_direct_batches_are_those_of_the_buffer(space: spaces.Space, n_envs: int
             theirs = buffer.sample(16)
             following = np.random.random()
             np.random.seed(step)
-            ours = replay.sample(buffer, 16)
+            ours = sample(buffer)
             assert np.random.random() == following
-            for value, expected in zip(ours, theirs[:5], strict=True):
+            assert ours.discounts == 0.9
+            for value, expected in zip(ours[:5], theirs[:5], strict=True):
                 th.testing.assert_close(value, expected, rtol=0, atol=0)
 
 

@@ -11,10 +11,21 @@ import torch as th
 from environments import BOX, CONTINUOUS, RandomEnv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rl_zoo3.callbacks import ParallelTrainCallback, SaveVecNormalizeCallback
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    CheckpointCallback,
+    EvalCallback,
+    EveryNTimesteps,
+    ProgressBarCallback,
+    StopTrainingOnRewardThreshold,
+)
 from stable_baselines3.common.logger import Logger
 from torch import nn
 
 from sb3_ac_ext import DDPGX, PPOX, SACX, TD3X, TRPOX
+from sb3_ac_ext.common.participants import leaves_alone
 
 ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "td3x": (TD3X, {"learning_starts": 10, "buffer_size": 300}),
@@ -51,14 +62,22 @@ class Subject:
 
     def train(self, seed: int, intervention: "Callable[[Subject], None] | None") -> th.Tensor:
         """Some updates after an intervention, from given random states; returns all parameters."""
+        self.seed(seed)
+        if intervention is not None:
+            intervention(self)
+        return self.learn(32)
+
+    def seed(self, seed: int) -> None:
+        """All random states."""
         np.random.seed(seed)
         th.manual_seed(seed)
         self.model.action_space.seed(seed)
         self.model.env.seed(seed)
-        if intervention is not None:
-            intervention(self)
+
+    def learn(self, steps: int, callback: Any = None) -> th.Tensor:
+        """Training from the first state of an episode; returns all parameters."""
         self.model._last_obs = None
-        self.model.learn(32, reset_num_timesteps=False)
+        self.model.learn(steps, callback, reset_num_timesteps=False)
         return th.cat([value.detach().flatten() for value in self.model.policy.state_dict().values()])
 
 
@@ -199,3 +218,97 @@ def test_updates_go_on_as_without_the_engine(algorithm: str, interventions: list
     for step, intervention in enumerate([None, *interventions]):
         trained = [subject.train(step, intervention) for subject in subjects]
         th.testing.assert_close(*trained, rtol=0, atol=1e-4)
+
+
+class Once(BaseCallback):
+    """Does something to the model in the middle of its training."""
+
+    def __init__(self, subject: Subject, intervention: Callable[[Subject], None]) -> None:
+        super().__init__()
+        self.subject, self.intervention = subject, intervention
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == 40:
+            self.intervention(self.subject)
+        return True
+
+
+def as_function(callback: Once) -> Callable[..., bool]:
+    def function(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        callback.num_timesteps = local["self"].num_timesteps
+        return callback._on_step()
+
+    return function
+
+
+def evaluation(**kwargs: Any) -> EvalCallback:
+    return EvalCallback(RandomEnv(BOX, CONTINUOUS), n_eval_episodes=1, eval_freq=20, verbose=0, warn=False, **kwargs)
+
+
+WAYS: dict[str, Callable[[Once], Any]] = {
+    "callback": lambda callback: callback,
+    "function": as_function,
+    "list": lambda callback: [evaluation(), callback],
+    "list of functions": lambda callback: [CallbackList([callback])],
+    "now and then": lambda callback: EveryNTimesteps(20, callback),
+    "after an evaluation": lambda callback: evaluation(callback_after_eval=callback),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("intervention", [hook_on_a_layer, new_memory, other_layer, other_betas, other_tau])
+def test_callbacks_are_followed_at_once(intervention: Callable[[Subject], None], way: str) -> None:
+    subjects = [Subject("td3x", engine) for engine in (True, False)]
+    trained = []
+    for subject in subjects:
+        subject.seed(0)
+        trained.append(subject.learn(64, WAYS[way](Once(subject, intervention))))
+    th.testing.assert_close(*trained, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["td3x", "ddpgx", "sacx"])
+def test_nobody_looks_where_nobody_intervenes(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    for callback in (evaluation(), lambda local, _: True):
+        model = Subject(algorithm, True).model
+        look, count = model._choose_paths, []
+        monkeypatch.setattr(type(model), "_choose_paths", lambda self, look=look, count=count: (count.append(1), look()))
+        model.learn(100, callback=callback)
+        monkeypatch.undo()
+        looks.append(len(count))
+        assert model.policy.training and model.actor.training  # as SB3 leaves it
+    assert looks[1] == 90
+    assert looks[0] < 20
+
+
+def test_a_model_saved_by_a_callback_is_looked_at(tmp_path: Any) -> None:
+    model = Subject("td3x", True).model
+    model.learn(40, callback=CheckpointCallback(40, str(tmp_path)))
+    loaded = TD3X.load(tmp_path / "rl_model_40_steps", env=model.env)
+    assert not model._undisturbed
+    assert not loaded._undisturbed
+
+
+@pytest.mark.parametrize(
+    ("callback", "alone"),
+    [
+        (None, True),
+        ([], True),
+        (evaluation(), True),
+        ([evaluation(), CallbackList([ProgressBarCallback(), CheckpointCallback(10, "folder")])], True),
+        (evaluation(callback_on_new_best=StopTrainingOnRewardThreshold(1.0)), True),
+        (evaluation(callback_on_new_best=SaveVecNormalizeCallback(10, "folder")), True),
+        (lambda local, _: True, False),
+        ([None, lambda local, _: True], False),
+        (type("Own", (EvalCallback,), {"__module__": "own"})(RandomEnv(BOX, CONTINUOUS)), False),
+        (ParallelTrainCallback(), False),
+    ],
+)
+def test_who_leaves_the_model_alone(callback: Any, alone: bool) -> None:
+    assert leaves_alone(callback) is alone
+
+
+def test_a_callback_with_a_replaced_method_may_do_anything() -> None:
+    callback = evaluation()
+    callback._on_step = lambda: True  # type: ignore[method-assign]
+    assert not leaves_alone(callback)

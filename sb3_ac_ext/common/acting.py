@@ -3,15 +3,14 @@
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_ac_ext.common.numpy_actor import NumpyActor
+from sb3_ac_ext.common.updates import UpdateMixin
 
 
-class ActingMixin(BaseAlgorithm):
-    """Goes before `UpdateMixin`, whose report it completes."""
+class ActingMixin(UpdateMixin):
+    """An `UpdateMixin` that acts by numpy."""
 
-    engine: bool
     _numpy_actor: Any = None
 
     def _acting_obstacle(self) -> str | None:
@@ -24,6 +23,8 @@ class ActingMixin(BaseAlgorithm):
 
     def _choose_actor(self) -> Any:
         """The numpy actor, or None; looks again only if something about the policy has changed."""
+        if self._undisturbed and self._numpy_actor is not None:
+            return self._numpy_actor
         if self._numpy_actor is None or self._numpy_actor.policy is not self.policy or not self._numpy_actor.is_current():
             obstacle = self._acting_obstacle() if self.engine else "engine=False"
             self._numpy_actor = self._make_numpy_actor() if obstacle is None else None
@@ -52,7 +53,7 @@ class ActingMixin(BaseAlgorithm):
     def engine_report(self) -> dict[str, str]:
         """See `UpdateMixin.engine_report`."""
         obstacle = self._acting_obstacle() if self.engine else "engine=False"
-        report: dict[str, str] = super().engine_report()  # type: ignore[misc]  # of the class behind
+        report = super().engine_report()
         return {**report, "acting": "numpy" if obstacle is None else f"PyTorch: {obstacle}"}
 
     def _excluded_save_params(self) -> list[str]:

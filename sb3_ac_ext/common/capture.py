@@ -3,7 +3,7 @@ Updates that are recorded once and replayed.
 
 An update of small networks spends much of its time between the operations, in Python, autograd and the dispatcher. Recorded
 it is one launch of a CUDA graph, or on a CPU a list of operations with their memory. A recording holds addresses: batches
-are copied into memory of its own, and whatever it has read from Python (rates apart, see
+are copied into memory of its own unless theirs lasts, and whatever it has read from Python (rates apart, see
 `sb3_ac_ext.common.descent.FlatAdam`) is part of its key.
 """
 
@@ -20,6 +20,12 @@ Batch = tuple[Any, ...]
 
 WARM_UP = 3
 """Updates before the recording, in which libraries choose algorithms and memory is allocated that lasts."""
+
+
+class Lasting:
+    """Goes behind a named tuple whose objects are batches in memory that lasts, filled anew for each update."""
+
+    __slots__ = ()
 
 
 class Recording(Protocol):
@@ -71,10 +77,10 @@ class CudaRecording:
 
 
 class _Update:
-    """One recorded update and the memory that its batches are copied to."""
+    """One recorded update and the memory that its batches are in."""
 
     def __init__(self, batch: Batch, recording: Recording) -> None:
-        self.batch = _map(th.clone, batch)
+        self.batch = batch if isinstance(batch, Lasting) else _map(th.clone, batch)
         self.recording = recording
         self.runs = 0
         self.recorded = False
@@ -96,6 +102,8 @@ class Capture:
         self._updates: dict[Hashable, _Update] = {}
         self.obstacle: str | None = None
         """Why recording failed; None if it has not."""
+        self.settled = False
+        """Whether nothing had changed when `fix` was last called, and every update since then was a replay."""
 
     def fix(self, fixed: Hashable) -> None:
         """
@@ -103,7 +111,8 @@ class Capture:
 
         :param fixed: addresses and Python values that the updates read
         """
-        if fixed != self._fixed:
+        self.settled = fixed == self._fixed
+        if not self.settled:
             self._updates.clear()
             self._fixed = fixed
 
@@ -113,16 +122,20 @@ class Capture:
         :param function: the update
         :param batch: its batch
         """
-        key = key, _signature(batch)
+        lasting = isinstance(batch, Lasting)
+        key = key, batch if lasting else _signature(batch)
         if key not in self._updates:
             self._updates[key] = _Update(batch, self._recording())
         update = self._updates[key]
-        _map(lambda ours, theirs: ours.copy_(theirs), update.batch, batch)
+        if not lasting:
+            _map(lambda ours, theirs: ours.copy_(theirs), update.batch, batch)
         update.runs += 1
         if update.recorded:
             update.recording.replay()
             self._means.count(update.logged)
-        elif update.runs > WARM_UP and self.obstacle is None:
+            return
+        self.settled = False
+        if update.runs > WARM_UP and self.obstacle is None:
             self._record(update, function)
         else:
             update.recording.warm_up(lambda: function(update.batch))

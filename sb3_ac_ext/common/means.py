@@ -1,6 +1,7 @@
 """Means of what updates log, without asking the device for numbers one by one."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch as th
 
@@ -46,18 +47,18 @@ class TensorMeans:
         for name, number in numbers.items():
             self._counts[name] = self._counts.get(name, 0) + number
 
-    def read(self) -> dict[str, float]:
+    def read(self, others: Mapping[str, th.Tensor] = MappingProxyType({})) -> dict[str, float]:
         """
-        :return: the mean of each quantity; everything added so far is forgotten
+        :param others: scalar tensors, which are read together with the sums
+        :return: the mean of each quantity and the others; everything added so far is forgotten
         """
         counts = {name: count for name, count in self._counts.items() if count}
         self._counts = {}
-        if not counts:
-            return {}
         totals, self._host_sums = self._host_sums, {}
         sums = {name: self._sums[name] for name in counts if name not in totals}
+        scalars = {**sums, **others}
+        if scalars:
+            totals.update(zip(scalars, th.stack(list(scalars.values())).tolist(), strict=True))
         if sums:
-            totals.update(zip(sums, th.stack(list(sums.values())).tolist(), strict=True))
-        for total in sums.values():
-            total.zero_()
-        return {name: totals[name] / count for name, count in counts.items()}
+            th._foreach_zero_(list(sums.values()))
+        return {name: totals[name] / counts.get(name, 1) for name in (*counts, *others)}

@@ -19,8 +19,8 @@ from sb3_ac_ext.common.acting import ActingMixin
 from sb3_ac_ext.common.arguments import check_off_policy_arguments
 from sb3_ac_ext.common.checkpoint import CheckpointMixin, atomic_file
 from sb3_ac_ext.common.noise import NoiseSchedule, ScaledNoise
+from sb3_ac_ext.common.participants import leaves_alone
 from sb3_ac_ext.common.typing import Transitions, constructor_keys
-from sb3_ac_ext.common.updates import UpdateMixin
 from sb3_ac_ext.common.validation import check_keys, translated_assertions
 
 AUTOMATIC_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
@@ -30,7 +30,7 @@ MADE_ON_DEMAND: Any = object()
 """Stands for the buffer while SB3 sets a model up, which allocates one where it finds none."""
 
 
-class OffPolicyMixin(ActingMixin, UpdateMixin, CheckpointMixin, OffPolicyAlgorithm):
+class OffPolicyMixin(ActingMixin, CheckpointMixin, OffPolicyAlgorithm):
     """Goes before the SB3 class: ``class TD3X(OffPolicyMixin, TD3)``."""
 
     def __init__(
@@ -44,6 +44,7 @@ class OffPolicyMixin(ActingMixin, UpdateMixin, CheckpointMixin, OffPolicyAlgorit
     ) -> None:
         check_keys(f"{type(self).__name__}()", kwargs, constructor_keys(type(self)) | {"_init_setup_model"})
         self._replay_buffer: ReplayBuffer | None = None
+        self._samplers: dict[tuple[int, float], replay.Sampler] = {}
         self._noise: NoiseSchedule | None = None
         self._noise_steps = 0
         kwargs["policy_kwargs"] = copy.copy(kwargs.get("policy_kwargs"))  # SB3 writes into it
@@ -120,7 +121,10 @@ class OffPolicyMixin(ActingMixin, UpdateMixin, CheckpointMixin, OffPolicyAlgorit
         buffer = self.replay_buffer
         assert buffer is not None
         if self.engine and replay.obstacle(buffer, self._vec_normalize_env) is None:
-            return Transitions(*replay.sample(buffer, batch_size), self.gamma)
+            key = batch_size, self.gamma
+            if key not in self._samplers:
+                self._samplers[key] = replay.Sampler(buffer, *key)
+            return self._samplers[key](buffer)
         batch = buffer.sample(batch_size, env=self._vec_normalize_env)
         discounts = self.gamma if batch.discounts is None else batch.discounts
         return Transitions(batch.observations, batch.actions, batch.next_observations, batch.dones, batch.rewards, discounts)
@@ -216,13 +220,22 @@ class OffPolicyMixin(ActingMixin, UpdateMixin, CheckpointMixin, OffPolicyAlgorit
         """
         Train; see SB3's ``OffPolicyAlgorithm.learn``.
 
+        What a callback changes about the model is followed at once, what the environment changes while it steps at the next
+        call, unless there is a callback of your own too.
+
         :param tb_log_name: name of the TensorBoard run, the class name by default
         """
         name = type(self).__name__ if tb_log_name is None else tb_log_name
-        return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
+        self._capture.settled, self._alone = False, leaves_alone(callback)
+        try:
+            return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
+        finally:
+            if self._undisturbed:
+                self.policy.set_training_mode(True)  # as `train` leaves it
+            self._alone = False
 
     def _excluded_save_params(self) -> list[str]:
-        derived = ["_replay_buffer", "_noise"]
+        derived = ["_replay_buffer", "_samplers", "_noise"]
         if self._noise is not None:
             derived.append("action_noise")
         return [*super()._excluded_save_params(), *derived]

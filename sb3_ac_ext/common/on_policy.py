@@ -23,7 +23,6 @@ from sb3_ac_ext.common.descent import FlatAdam, hooked
 from sb3_ac_ext.common.environment_checks import check_finite, check_rollout, naming_culprits
 from sb3_ac_ext.common.rollouts import Samples, fill_estimates, flattened
 from sb3_ac_ext.common.typing import constructor_keys
-from sb3_ac_ext.common.updates import UpdateMixin
 from sb3_ac_ext.common.validation import check_keys, translated_assertions
 from sb3_ac_ext.functional.arrays import namespace
 
@@ -31,7 +30,7 @@ AUTOMATIC_BUFFERS = (RolloutBuffer, DictRolloutBuffer)
 """What SB3 chooses when no class is given, and stores in its zips as if it had been."""
 
 
-class OnPolicyMixin(ActingMixin, UpdateMixin, CheckpointMixin, OnPolicyAlgorithm):
+class OnPolicyMixin(ActingMixin, CheckpointMixin, OnPolicyAlgorithm):
     """Goes before the SB3 class: ``class PPOX(OnPolicyMixin, PPO)``."""
 
     rollout_limit: ClassVar[str] = "n_steps"

@@ -6,12 +6,15 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 
+from sb3_ac_ext.common.capture import Lasting
+from sb3_ac_ext.common.typing import Transitions
+
 
 def obstacle(buffer: ReplayBuffer | type[ReplayBuffer] | None, normalizer: Any) -> str | None:
     """
     :param buffer: the buffer, or the class that it will have
     :param normalizer: the environment that normalises what is sampled, or None
-    :return: why batches have to come from the buffer's own ``sample``; None if `sample` may read its arrays
+    :return: why batches have to come from the buffer's own ``sample``; None if a `Sampler` may read its arrays
     """
     kind = buffer if isinstance(buffer, type) else type(buffer)
     if kind is not ReplayBuffer:
@@ -23,27 +26,56 @@ def obstacle(buffer: ReplayBuffer | type[ReplayBuffer] | None, normalizer: Any) 
     return "optimize_memory_usage=True" if getattr(buffer, "optimize_memory_usage", False) else None
 
 
-def sample(buffer: ReplayBuffer, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+class LastingTransitions(Transitions, Lasting):
+    """Transitions in memory that the next sample fills anew."""
+
+    __slots__ = ()
+
+
+class Sampler:
     """
     What ``ReplayBuffer.sample`` returns, from the same random numbers, in a fifth of the time: one gather an array.
 
     :param buffer: SB3's own buffer, with a next observation for each
     :param batch_size: B
-    :return: observations, actions, next observations, dones (truncation excluded), rewards
+    :param gamma: the discount factor
     """
-    rows = np.random.randint(0, buffer.size(), size=batch_size)  # noqa: NPY002 (SB3's stream)
-    rows = rows * buffer.n_envs + np.random.randint(0, high=buffer.n_envs, size=batch_size)  # noqa: NPY002
 
-    def gather(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        return array.reshape(-1, *shape).take(rows, axis=0)  # of a view: (steps, environments, ...) is contiguous
+    def __init__(self, buffer: ReplayBuffer, batch_size: int, gamma: float) -> None:
+        def memory(array: np.ndarray, shape: tuple[int, ...]) -> th.Tensor:
+            return th.from_numpy(np.empty((batch_size, *shape), array.dtype))
 
-    ended, truncated = gather(buffer.dones, (1,)), gather(buffer.timeouts, (1,))
-    arrays = (
-        gather(buffer.observations, buffer.obs_shape),
-        gather(buffer.actions, (buffer.action_dim,)),
-        gather(buffer.next_observations, buffer.obs_shape),
-        ended * (1 - truncated),
-        gather(buffer.rewards, (1,)),
-    )
-    observations, actions, next_observations, dones, rewards = (th.from_numpy(array).to(buffer.device) for array in arrays)
-    return observations, actions, next_observations, dones, rewards
+        self._batch = LastingTransitions(
+            memory(buffer.observations, buffer.obs_shape),
+            memory(buffer.actions, (buffer.action_dim,)),
+            memory(buffer.next_observations, buffer.obs_shape),
+            memory(buffer.dones, (1,)),
+            memory(buffer.rewards, (1,)),
+            gamma,
+        )
+        self._truncated = memory(buffer.timeouts, (1,))
+
+    def __call__(self, buffer: ReplayBuffer) -> Transitions:
+        """
+        :param buffer: a buffer for the same spaces
+        :return: transitions from it, dones without truncations; on a CPU always in the same memory
+        """
+        size = len(self._truncated)
+        rows = np.random.randint(0, buffer.size(), size=size)  # noqa: NPY002 (SB3's stream)
+        rows = rows * buffer.n_envs + np.random.randint(0, high=buffer.n_envs, size=size)  # noqa: NPY002
+
+        def gather(array: np.ndarray, memory: Any) -> np.ndarray:
+            # from a view, as (steps, environments, ...) is contiguous; "raise" would go through other memory
+            return array.reshape(-1, *memory.shape[1:]).take(rows, axis=0, out=memory.numpy(), mode="clip")
+
+        batch = self._batch
+        gather(buffer.observations, batch.observations)
+        gather(buffer.actions, batch.actions)
+        gather(buffer.next_observations, batch.next_observations)
+        dones = gather(buffer.dones, batch.dones)
+        dones *= 1 - gather(buffer.timeouts, self._truncated)
+        gather(buffer.rewards, batch.rewards)
+        if buffer.device.type == "cpu":
+            return batch
+        tensors: Any = batch[:-1]
+        return Transitions._make((*(tensor.to(buffer.device) for tensor in tensors), batch.discounts))

@@ -132,6 +132,8 @@ def _quick(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
 
 def _copying(func: Any, result: Any) -> Callable[..., Any]:
     """``func``, whose new results are copied to those in ``result``."""
+    if isinstance(result, th.Tensor):
+        return lambda *args, **kwargs: result.copy_(func(*args, **kwargs))
     places = list(_tensors(result))
 
     def call(*args: Any, **kwargs: Any) -> None:

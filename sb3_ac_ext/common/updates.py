@@ -45,6 +45,8 @@ class UpdateMixin(BaseAlgorithm):
     _workspace: Workspace
     _capture: Capture
     _records: bool
+    _alone: bool = False
+    """Whether nobody but the algorithm and the environment does anything between updates."""
     _participants: Participants
 
     def _optimizers(self) -> dict[str, th.optim.Optimizer]:
@@ -132,6 +134,20 @@ class UpdateMixin(BaseAlgorithm):
             self._averages = {name: Average(target) for name, target in targets.items() if target is not None}
             self._others = {}
 
+    @property
+    def _undisturbed(self) -> bool:
+        """Whether everything is as it was when somebody last looked."""
+        return self._alone and self._records and self._capture.settled
+
+    def _choose_paths(self) -> None:
+        """How each network is updated, and whether that is recorded, as everything is now."""
+        self._look_around()
+        self._descents = {name: self._choose_descent(name, optimizer) for name, optimizer in self._optimizers().items()}
+        ordinary = [descent for descent in self._descents.values() if not isinstance(descent, FlatAdam)]
+        self._records = self._capture_obstacle(ordinary) is None
+        if self._records:
+            self._capture.fix(self._fixed())
+
     def _fixed(self) -> Hashable:
         """What a recorded update has read from Python, and what it writes to."""
         values = tuple(getattr(self, name, None) for name in _arguments(type(self)))
@@ -142,21 +158,17 @@ class UpdateMixin(BaseAlgorithm):
 
     def _begin_updates(self) -> None:
         """Training mode and this moment's learning rates."""
-        self._look_around()
-        self.policy.set_training_mode(True)
+        if not self._undisturbed:
+            self._choose_paths()
+            self.policy.set_training_mode(True)
         progress = self._current_progress_remaining
         rate = self.lr_schedule(progress)
         self.logger.record("train/learning_rate", rate)
-        for name, optimizer in self._optimizers().items():
-            self._descents[name] = self._choose_descent(name, optimizer)
+        for name, descent in self._descents.items():
             own = self._rates[name](progress) if name in self._rates else rate
             if name in self._rates:
                 self.logger.record(f"train/{name}_learning_rate", own)
-            self._descents[name].set_rate(own)
-        ordinary = [descent for descent in self._descents.values() if not isinstance(descent, FlatAdam)]
-        self._records = self._capture_obstacle(ordinary) is None
-        if self._records:
-            self._capture.fix(self._fixed())
+            descent.set_rate(own)
 
     def _run(self, update: Callable[..., None], batch: tuple[Any, ...], *options: Hashable) -> None:
         """
@@ -252,9 +264,7 @@ class UpdateMixin(BaseAlgorithm):
 
         :raises NonFiniteError: if a loss or a parameter is NaN or infinite
         """
-        for name, descent in self._descents.items():
-            self._means.add(f"{name}_parameters", descent.norm())
-        means = self._means.read()
+        means = self._means.read({f"{name}_parameters": descent.norm() for name, descent in self._descents.items()})
         norms = {name: means.pop(f"{name}_parameters") for name in self._descents}
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for key, value in means.items():
@@ -282,6 +292,7 @@ class UpdateMixin(BaseAlgorithm):
             "_others",
             "_workspace",
             "_capture",
+            "_alone",
             "_participants",
         )
         return [*super()._excluded_save_params(), *derived]
