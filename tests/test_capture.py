@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_ac_ext import AC, DDPGX, PPOX, SACX, TD3X
-from sb3_ac_ext.common.capture import WARM_UP, Capture
+from sb3_ac_ext.common.capture import WARM_UP, Capture, Lasting
 from sb3_ac_ext.common.descent import FlatAdam
 from sb3_ac_ext.common.means import TensorMeans
 from sb3_ac_ext.common.tape import Tape
@@ -186,6 +186,38 @@ def test_dicts_of_observations_are_copied() -> None:
     assert len({tensor.data_ptr() for tensor in seen}) == 1
     assert means.read() == {"a": pytest.approx(2 * sum(range(WARM_UP + 3)) / (WARM_UP + 3))}
     assert means.read() == {}
+
+
+def test_settled_where_nothing_changed_and_all_was_replayed() -> None:
+    capture, settled = Capture(TensorMeans(), CountedTape), []
+    for _ in range(WARM_UP + 3):
+        capture.fix("address")
+        settled.append(capture.settled)
+        capture.run("update", lambda batch: None, transitions(0.0))
+        settled.append(capture.settled)
+    assert settled == [False, False, *[True, False] * WARM_UP, True, True, True, True]
+    capture.fix("another")
+    assert not capture.settled
+
+
+def test_batches_in_memory_that_lasts_are_not_copied() -> None:
+    class LastingTransitions(Transitions, Lasting):
+        __slots__ = ()
+
+    batch, seen = LastingTransitions(*(th.zeros(2, 1) for _ in range(5)), 0.9), []
+    capture = Capture(TensorMeans(), CountedTape)
+    for _ in range(WARM_UP):
+        capture.run("update", seen.append, batch)
+    assert all(one is batch for one in seen)
+
+
+def test_means_are_read_with_others() -> None:
+    means = TensorMeans()
+    means.add("a", th.tensor(4.0))
+    means.add("a", th.tensor(2.0))
+    means.add("b", 7)
+    assert means.read({"c": th.tensor(5.0)}) == {"a": 3.0, "b": 7.0, "c": 5.0}
+    assert means.read({"c": th.tensor(5.0)}) == {"c": 5.0}
 
 
 def test_means_of_tensors_are_those_of_their_elements() -> None:

@@ -285,8 +285,8 @@ def test_a_model_saved_by_a_callback_is_looked_at(tmp_path: Any) -> None:
     model = Subject("td3x", True).model
     model.learn(40, callback=CheckpointCallback(40, str(tmp_path)))
     loaded = TD3X.load(tmp_path / "rl_model_40_steps", env=model.env)
-    assert not model._undisturbed
-    assert not loaded._undisturbed
+    assert not model._alone
+    assert not loaded._alone
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ WARM_UP = 3
 
 
 class Lasting:
-    """Goes behind a named tuple whose objects are batches in memory that lasts, filled anew for each update."""
+    """Goes behind a named tuple of tensors and numbers; the batch lasts, and its tensors are filled anew for each update."""
 
     __slots__ = ()
 
