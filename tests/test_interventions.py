@@ -281,6 +281,21 @@ def test_nobody_looks_where_nobody_intervenes(algorithm: str, monkeypatch: pytes
     assert looks[0] < 20
 
 
+def test_updates_from_python_are_in_training_mode_whenever_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, modes = Subject("sacx", True).model, []
+    update = model._update
+
+    def seen(self: Any, batch: Any, targets_too: bool) -> None:
+        modes.append((targets_too, self.policy.training and self.actor.training))
+        update(batch, targets_too)
+
+    monkeypatch.setattr(SACX, "_update", seen)
+    model.target_update_every = 40  # long after the others have been recorded
+    model.learn(100)
+    assert modes.count((True, True)) == 2
+    assert all(training for _, training in modes)
+
+
 def test_a_model_saved_by_a_callback_is_looked_at(tmp_path: Any) -> None:
     model = Subject("td3x", True).model
     model.learn(40, callback=CheckpointCallback(40, str(tmp_path)))

@@ -180,6 +180,8 @@ class UpdateMixin(BaseAlgorithm):
         """
 
         def run(batch: tuple[Any, ...]) -> None:
+            if not self.policy.training:  # it is left alone where updates are replays
+                self.policy.set_training_mode(True)
             with self._workspace.lend() if self.engine else nullcontext():
                 update(batch, *options)
 
