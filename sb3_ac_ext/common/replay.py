@@ -62,7 +62,7 @@ class Sampler:
         """
         size = len(self._truncated)
         rows = np.random.randint(0, buffer.size(), size=size)  # noqa: NPY002 (SB3's stream)
-        rows = rows * buffer.n_envs + np.random.randint(0, high=buffer.n_envs, size=size)  # noqa: NPY002
+        rows = rows * buffer.n_envs + np.random.randint(0, high=buffer.n_envs, size=size)  # noqa: NPY002 (the same)
 
         def gather(array: np.ndarray, memory: Any) -> np.ndarray:
             # from a view, as (steps, environments, ...) is contiguous; "raise" would go through other memory
