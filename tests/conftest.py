@@ -27,8 +27,12 @@ def spec(request: pytest.FixtureRequest) -> AlgoSpec:
 
 @pytest.fixture
 def double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SB3 casts observations with ``.float()``; without that a policy in float64 stays there."""
-    monkeypatch.setattr(stable_baselines3.common.policies, "preprocess_obs", lambda obs, space, normalize_images=True: obs)
+    """SB3 casts observations to float32; a policy in float64 is given float64 instead."""
+
+    def doubled(obs: torch.Tensor, space: object, normalize_images: bool = True) -> torch.Tensor:
+        return obs.double()
+
+    monkeypatch.setattr(stable_baselines3.common.policies, "preprocess_obs", doubled)
 
 
 @pytest.fixture(scope="session")
