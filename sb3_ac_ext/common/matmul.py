@@ -38,7 +38,8 @@ def onednn() -> Iterator[None]:
     fp32 products go to oneDNN within this context; the user's setting is back when the last one inside has left.
 
     The setting belongs to the process, so other threads see it too. That changes their results no more than another
-    order of summation: it is only entered for products that the probe has found exact.
+    order of summation: it is only entered for products that the probe has found exact, and by the probe itself, for one
+    product of each size, during which a processor with bf16 units may round other threads' products too.
     """
     global _users, _previous
     backend = th.backends.mkldnn.matmul  # type: ignore[attr-defined]
