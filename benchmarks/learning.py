@@ -238,10 +238,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.plot(run["timesteps"], run["returns"], style, color=colours[run["algo"]], alpha=0.8, label=label)
     axes.axhline(result["random"], color="grey", linestyle=":", label=f"random policy: {result['random']:.0f}")
     axes.set(title=result["env"], xlabel="environment steps", ylabel="mean return of an evaluation")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
