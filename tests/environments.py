@@ -46,6 +46,9 @@ class RandomEnv(gym.Env):
         self.action_space = action_space
         self.t = 0
 
+    def __repr__(self) -> str:  # part of tests' names, so no address
+        return f"RandomEnv({self.observation_space}, {self.action_space})"
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         super().reset(seed=seed)
         if seed is not None:
