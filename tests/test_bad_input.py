@@ -11,7 +11,7 @@ from environments import BOX, CONTINUOUS, DICT, IMAGE, RandomEnv
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.sac.policies import SACPolicy
@@ -173,6 +173,26 @@ PARAMETER_NOISE = {"std": 0.1, "distance": 0.2}
             {"action_noise": OrnsteinUhlenbeckActionNoise(np.zeros(3), np.ones(3))},
             ValueError,
             r"action_noise must have the shape of an action, \(2,\)",
+        ),
+        (
+            {"action_noise": OrnsteinUhlenbeckActionNoise(np.zeros(2), np.ones(2), initial_noise=np.zeros(3))},
+            ValueError,
+            r"action_noise must have the shape of an action, \(2,\).*initial_noise of \(3,\)",
+        ),
+        (
+            {"action_noise": OrnsteinUhlenbeckActionNoise(np.zeros(2), np.ones(2), dt=0)},
+            ValueError,
+            r"the dt of action_noise must be a number >= 1e-09, got 0",
+        ),
+        (
+            {"action_noise": VectorizedActionNoise(OrnsteinUhlenbeckActionNoise(np.zeros(2), np.ones(2), dt=-0.01), 1)},
+            ValueError,
+            r"the dt of action_noise must be a number >= 1e-09, got -0.01",
+        ),
+        (
+            {"exploration_noise": {"type": "ornstein-uhlenbeck", "start": 0.2, "dt": -1}},
+            ValueError,
+            r"exploration_noise\['dt'\] must be a number >= 1e-09, got -1",
         ),
     ],
     ids=str,

@@ -7,10 +7,9 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
-from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 
-from sb3_ac_ext.common.noise import NoiseSchedule
+from sb3_ac_ext.common.noise import NoiseSchedule, check_action_noise
 from sb3_ac_ext.common.validation import UnsupportedError, check_choice, check_number, check_switch
 
 
@@ -132,11 +131,5 @@ def _check_noise(model: Any) -> None:
         return
     if model.warmup == "noise":
         raise ValueError("warmup='noise' needs exploration_noise, got exploration_noise=None")
-    noise = model.action_noise
-    if noise is None:
-        return
-    if not isinstance(noise, ActionNoise):
-        raise TypeError(f"action_noise must be an ActionNoise, got {noise!r} of type {type(noise).__name__}")
-    shapes = {np.shape(getattr(noise, name)) for name in ("_mu", "_sigma") if hasattr(noise, name)}
-    if not shapes <= {(), model.action_space.shape}:
-        raise ValueError(f"action_noise must have the shape of an action, {model.action_space.shape}, got {noise!r}")
+    if model.action_noise is not None:
+        check_action_noise(model.action_noise, model.action_space.shape)

@@ -4,11 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.noise import (
+    ActionNoise,
+    NormalActionNoise,
+    OrnsteinUhlenbeckActionNoise,
+    VectorizedActionNoise,
+)
 
 from sb3_ac_ext.common.validation import check_choice, check_mapping, check_number
 
 PROCESSES = ("normal", "ornstein-uhlenbeck")
+LOWEST_DT = 1e-9
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class NoiseSchedule:
         check_number(f"{name}['start']", schedule.start, low=0)
         check_number(f"{name}['end']", schedule.end, low=0)
         check_number(f"{name}['steps']", schedule.steps, low=1)
-        check_number(f"{name}['dt']", schedule.dt, low=1e-9)
+        check_number(f"{name}['dt']", schedule.dt, low=LOWEST_DT)
         return schedule
 
     def std(self, step: int) -> float:
@@ -86,3 +92,22 @@ class ScaledNoise(ActionNoise):
 
     def __call__(self) -> np.ndarray:
         return self.factor * self.process()
+
+
+def check_action_noise(noise: Any, shape: tuple[int, ...]) -> None:
+    """
+    :param noise: the constructor argument ``action_noise``; of one of SB3's processes the arrays and the time step are checked
+    :param shape: of one action
+    :raises TypeError: if it is not an `ActionNoise`
+    :raises ValueError: if its arrays have another shape than an action, or its time step is not positive
+    """
+    if not isinstance(noise, ActionNoise):
+        raise TypeError(f"action_noise must be an ActionNoise, got {noise!r} of type {type(noise).__name__}")
+    process = noise.base_noise if isinstance(noise, VectorizedActionNoise) else noise
+    arrays = {name: getattr(process, name, None) for name in ("_mu", "_sigma", "initial_noise")}
+    shapes = {name: np.shape(array) for name, array in arrays.items() if array is not None}
+    if not set(shapes.values()) <= {(), shape}:
+        given = ", ".join(f"{name.lstrip('_')} of {size}" for name, size in shapes.items())
+        raise ValueError(f"action_noise must have the shape of an action, {shape}, got {process!r} ({given})")
+    if isinstance(process, OrnsteinUhlenbeckActionNoise):
+        check_number("the dt of action_noise", process._dt, low=LOWEST_DT)
