@@ -240,7 +240,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.set(title=result["env"], xlabel="environment steps", ylabel="mean return of an evaluation")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
