@@ -20,13 +20,14 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.td3.policies import Actor, TD3Policy
 
-from sb3_ac_ext.common import numpy_actor
-from sb3_ac_ext.common.critics import TwinStreamCritic
-from sb3_ac_ext.common.off_policy import OffPolicyMixin
-from sb3_ac_ext.common.policies import DeterministicPolicy, ForDicts, ForImages, TwinStreamPolicy
-from sb3_ac_ext.common.typing import OffPolicyKwargs, Transitions
-from sb3_ac_ext.common.validation import check_number
+from sb3_ac_ext.base.off_policy import OffPolicyMixin
+from sb3_ac_ext.base.typing import OffPolicyKwargs
+from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.functional.losses import smoothed_action, td_target, twin_mse
+from sb3_ac_ext.legacy import numpy_actor
+from sb3_ac_ext.networks.critics import TwinStreamCritic
+from sb3_ac_ext.networks.policies import DeterministicPolicy, ForDicts, ForImages, TwinStreamPolicy
+from sb3_ac_ext.validation import check_number
 
 
 class MlpPolicy(TwinStreamPolicy, DeterministicPolicy):

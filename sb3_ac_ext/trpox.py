@@ -25,13 +25,10 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import nn
 
-from sb3_ac_ext.common.actor_critic import POLICIES, Evaluation, MlpPolicy
-from sb3_ac_ext.common.checkpoint import split_optimizer_state
-from sb3_ac_ext.common.descent import constant, parameters_of
-from sb3_ac_ext.common.on_policy import OnPolicyMixin
-from sb3_ac_ext.common.rollouts import Samples, minibatches
-from sb3_ac_ext.common.typing import OnPolicyKwargs
-from sb3_ac_ext.common.validation import check_choice, check_number, check_switch
+from sb3_ac_ext.base.checkpoint import split_optimizer_state
+from sb3_ac_ext.base.on_policy import OnPolicyMixin
+from sb3_ac_ext.base.typing import OnPolicyKwargs
+from sb3_ac_ext.buffers.rollouts import Samples, minibatches
 from sb3_ac_ext.functional.natural_gradient import (
     backtracking_line_search,
     flatten,
@@ -39,6 +36,9 @@ from sb3_ac_ext.functional.natural_gradient import (
     unflatten,
 )
 from sb3_ac_ext.functional.surrogates import normalized, squared_error, surrogate
+from sb3_ac_ext.legacy.actor_critic import POLICIES, Evaluation, MlpPolicy
+from sb3_ac_ext.legacy.descent import constant, parameters_of
+from sb3_ac_ext.validation import check_choice, check_number, check_switch
 
 
 class TRPOX(OnPolicyMixin, TRPO):

@@ -24,7 +24,7 @@ from torch import nn
 from sb3_ac_ext import AC
 from sb3_ac_ext.ac.policies import DeterministicMlpPolicy, QMlpPolicy
 from sb3_ac_ext.ac.step import Step
-from sb3_ac_ext.common.validation import NonFiniteError
+from sb3_ac_ext.validation import NonFiniteError
 
 SMALL: dict[str, Any] = {"net_arch": [8, 8]}
 SGD = {"optimizer_class": th.optim.SGD}

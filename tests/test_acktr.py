@@ -23,8 +23,8 @@ from torch import nn
 
 from sb3_ac_ext import ACKTR
 from sb3_ac_ext.acktr import KFAC
-from sb3_ac_ext.common.validation import NonFiniteError, UnsupportedError
 from sb3_ac_ext.functional import kfac
+from sb3_ac_ext.validation import NonFiniteError, UnsupportedError
 
 SMALL: dict[str, Any] = {"net_arch": [8, 8]}
 DISCRETE = spaces.Discrete(3)
@@ -542,7 +542,7 @@ def test_policies_of_other_classes_are_refused() -> None:
     class Other(ActorCriticPolicy):
         """SB3's layers."""
 
-    with pytest.raises(TypeError, match=r"policy must be derived from sb3_ac_ext.common.actor_critic.MlpPolicy, got .*Other"):
+    with pytest.raises(TypeError, match=r"policy must be derived from sb3_ac_ext.legacy.actor_critic.MlpPolicy, got .*Other"):
         ACKTR(Other, RandomEnv(BOX, DISCRETE))
 
 

@@ -18,7 +18,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize, VecTransposeImage
 
-from sb3_ac_ext.common.typing import CommonKwargs, constructor_keys
+from sb3_ac_ext.base.typing import CommonKwargs, constructor_keys
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
 SMALL = {"net_arch": [8, 8]}

@@ -17,8 +17,8 @@ from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_ac_ext import AC, DDPGX, PPOX, SACX, TD3X, TRPOX, Reinforce
-from sb3_ac_ext.common.schedules import as_schedule
-from sb3_ac_ext.common.validation import NonFiniteError
+from sb3_ac_ext.base.schedules import as_schedule
+from sb3_ac_ext.validation import NonFiniteError
 
 NOISE = {"type": "normal", "start": 0.5, "end": 0.1, "steps": 100}
 
@@ -546,7 +546,7 @@ def test_actions_that_a_deterministic_policy_of_ac_cannot_take(space: Any, messa
 def test_two_optimizers_need_policies_that_keep_networks_apart(cls: Any) -> None:
     kwargs = {"max_rollout_steps": 20} if cls is Reinforce else {}
     with pytest.raises(
-        TypeError, match=r"policy must be derived from sb3_ac_ext.common.actor_critic.MlpPolicy, got .*ActorCritic"
+        TypeError, match=r"policy must be derived from sb3_ac_ext.legacy.actor_critic.MlpPolicy, got .*ActorCritic"
     ):
         cls(ActorCriticPolicy, env(), **kwargs)
     shared = {"policy_kwargs": {"net_arch": [8], "share_features_extractor": True}}

@@ -12,11 +12,11 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_ac_ext import AC, DDPGX, PPOX, SACX, TD3X
-from sb3_ac_ext.common.capture import WARM_UP, Capture, Lasting
-from sb3_ac_ext.common.descent import FlatAdam
-from sb3_ac_ext.common.means import TensorMeans
-from sb3_ac_ext.common.tape import Tape
-from sb3_ac_ext.common.typing import Transitions
+from sb3_ac_ext.buffers.replay import Transitions
+from sb3_ac_ext.legacy.capture import WARM_UP, Capture, Lasting
+from sb3_ac_ext.legacy.descent import FlatAdam
+from sb3_ac_ext.legacy.means import TensorMeans
+from sb3_ac_ext.legacy.tape import Tape
 
 
 class CountedTape(Tape):

@@ -20,11 +20,12 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.td3.policies import CnnPolicy, TD3Policy
 
-import sb3_ac_ext.ddpgx
+import sb3_ac_ext.base.off_policy
+import sb3_ac_ext.ddpgx.policies
 import sb3_ac_ext.td3x
 from sb3_ac_ext import DDPGX, PPOX, TD3X
-from sb3_ac_ext.common.checkpoint import atomic_file, random_state, set_random_state
-from sb3_ac_ext.common.typing import constructor_keys
+from sb3_ac_ext.base.checkpoint import atomic_file, random_state, set_random_state
+from sb3_ac_ext.base.typing import constructor_keys
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
 SMALL = {"net_arch": [8, 8]}
@@ -321,7 +322,7 @@ def test_save_is_atomic(spec: AlgoSpec, tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError("disk full")
 
     monkeypatch.setattr(th, "save", fail)
-    monkeypatch.setattr(sb3_ac_ext.common.off_policy, "save_to_pkl", fail)
+    monkeypatch.setattr(sb3_ac_ext.base.off_policy, "save_to_pkl", fail)
     with pytest.raises(OSError, match="disk full"):
         model.save(tmp_path / "model")
     if is_off_policy(spec.cls):
@@ -404,7 +405,7 @@ def test_her_model_predicts_without_an_environment(tmp_path: Path) -> None:
     ids=["mlp", "cnn"],
 )
 @pytest.mark.parametrize(
-    ("cls", "module"), [(TD3X, sb3_ac_ext.td3x), (DDPGX, sb3_ac_ext.ddpgx)], ids=lambda value: value.__name__
+    ("cls", "module"), [(TD3X, sb3_ac_ext.td3x), (DDPGX, sb3_ac_ext.ddpgx.policies)], ids=lambda value: value.__name__
 )
 def test_sb3_zip_and_buffer_load_and_train_on(
     cls: Any, module: Any, env: Any, policy: str, theirs: type, tmp_path: Path

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_ac_ext import DDPGX
-from sb3_ac_ext.common.critics import SingleStreamCritic
-from sb3_ac_ext.common.parameter_noise import ParameterNoise, action_distance, perturbed_parameters
+from sb3_ac_ext.ddpgx.parameter_noise import ParameterNoise, action_distance, perturbed_parameters
+from sb3_ac_ext.networks.critics import SingleStreamCritic
 
 SMALL: dict[str, Any] = {"net_arch": [16, 12]}
 LATE = {**SMALL, "action_layer": 1}
@@ -551,7 +551,7 @@ def test_distance_is_reached_from_either_side(std: float, monkeypatch: pytest.Mo
         distances.append(action_distance(*args))
         return distances[-1]
 
-    monkeypatch.setattr("sb3_ac_ext.ddpgx.action_distance", measured)
+    monkeypatch.setattr("sb3_ac_ext.ddpgx.ddpgx.action_distance", measured)
     spec = {"std": std, "distance": 0.2, "coefficient": 1.1, "interval": 1}
     model = make(parameter_noise=spec, learning_rate=0.0, batch_size=32).learn(270)
     assert abs(distances[0] - 0.2) > 0.15
@@ -562,7 +562,7 @@ def test_distance_is_reached_from_either_side(std: float, monkeypatch: pytest.Mo
 
 def test_std_adapts_once_an_interval_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     env = make_vec_env(lambda: RandomEnv(BOX, CONTINUOUS), n_envs=2)
-    monkeypatch.setattr("sb3_ac_ext.ddpgx.action_distance", lambda *args: 0.0)
+    monkeypatch.setattr("sb3_ac_ext.ddpgx.ddpgx.action_distance", lambda *args: 0.0)
     model = make(env=env, parameter_noise={**PARAMETER_NOISE, "interval": 5}, learning_starts=10, batch_size=4)
     model.learn(40)  # at 16, 20, 26, 30, 36, 40: the first steps at or beyond a multiple of 5
     assert model._parameter_noise_std == pytest.approx(0.1 * 1.01**6)

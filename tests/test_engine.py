@@ -20,11 +20,12 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_ac_ext import DDPGX, SACX, TD3X
-from sb3_ac_ext.common import matmul, replay
-from sb3_ac_ext.common.descent import Descent, FlatAdam, backward
-from sb3_ac_ext.common.flat_tensor import bind
-from sb3_ac_ext.common.fused_mlp import FusedLinear, FusedMLP
-from sb3_ac_ext.common.workspace import Workspace
+from sb3_ac_ext.buffers import replay
+from sb3_ac_ext.legacy import matmul
+from sb3_ac_ext.legacy.descent import Descent, FlatAdam, backward
+from sb3_ac_ext.legacy.flat_tensor import bind
+from sb3_ac_ext.legacy.fused_mlp import FusedLinear, FusedMLP
+from sb3_ac_ext.legacy.workspace import Workspace
 
 SMALL: dict[str, Any] = {"net_arch": [16, 16]}
 

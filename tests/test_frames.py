@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from sb3_ac_ext.common.frames import PongDifference
-from sb3_ac_ext.common.validation import UnsupportedError
+from sb3_ac_ext.envs.frames import PongDifference
+from sb3_ac_ext.validation import UnsupportedError
 
 BALL = 236
 PADDLE = 92

@@ -8,9 +8,9 @@ import pytest
 import torch as th
 from torch import nn
 
-from sb3_ac_ext.common import fused_mlp
-from sb3_ac_ext.common.fused_mlp import ACTIVATIONS, FusedLinear, FusedMLP
-from sb3_ac_ext.common.workspace import Workspace
+from sb3_ac_ext.legacy import fused_mlp
+from sb3_ac_ext.legacy.fused_mlp import ACTIVATIONS, FusedLinear, FusedMLP
+from sb3_ac_ext.legacy.workspace import Workspace
 
 
 @pytest.fixture(autouse=True)

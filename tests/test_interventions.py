@@ -25,7 +25,7 @@ from stable_baselines3.common.logger import Logger
 from torch import nn
 
 from sb3_ac_ext import DDPGX, PPOX, SACX, TD3X, TRPOX
-from sb3_ac_ext.common.participants import leaves_alone
+from sb3_ac_ext.legacy.participants import leaves_alone
 
 ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "td3x": (TD3X, {"learning_starts": 10, "buffer_size": 300}),

@@ -18,9 +18,9 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
 from sb3_ac_ext import MADDPG
-from sb3_ac_ext.common.validation import NonFiniteError, UnsupportedError
+from sb3_ac_ext.envs.joint import MPE_TASKS, mpe_id, register_mpe
 from sb3_ac_ext.maddpg import JointBox, JointEnv, register_parallel_env
-from sb3_ac_ext.maddpg.environment import MPE_TASKS, mpe_id, register_mpe
+from sb3_ac_ext.validation import NonFiniteError, UnsupportedError
 
 SMALL = {"net_arch": [8]}
 
@@ -208,10 +208,10 @@ def test_mpe_tasks_are_registered_with_the_extra_only(registry: None, monkeypatc
     names = {mpe_id(task, continuous) for task in MPE_TASKS for continuous in (False, True)}
     for name in names & set(gym.registry):
         gym.registry.pop(name)
-    monkeypatch.setattr("sb3_ac_ext.maddpg.environment.find_spec", lambda name: None)
+    monkeypatch.setattr("sb3_ac_ext.envs.joint.find_spec", lambda name: None)
     register_mpe()
     assert not names & set(gym.registry)
-    monkeypatch.setattr("sb3_ac_ext.maddpg.environment.find_spec", lambda name: name)
+    monkeypatch.setattr("sb3_ac_ext.envs.joint.find_spec", lambda name: name)
     register_mpe()
     register_mpe()
     assert names <= set(gym.registry)

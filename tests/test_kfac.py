@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributions import Categorical, Normal
 
 from sb3_ac_ext.acktr.kfac_optimizer import KFAC
-from sb3_ac_ext.common.fused_mlp import FusedLinear, FusedMLP
 from sb3_ac_ext.functional import kfac
+from sb3_ac_ext.legacy.fused_mlp import FusedLinear, FusedMLP
 
 X = th.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]], dtype=th.float64)
 A = th.tensor([[2 / 3, 1 / 3, 2 / 3], [1 / 3, 5 / 3, 1.0], [2 / 3, 1.0, 1.0]], dtype=th.float64)

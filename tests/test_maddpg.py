@@ -23,11 +23,11 @@ from stable_baselines3.td3.policies import TD3Policy
 from torch import nn
 
 from sb3_ac_ext import DDPGX, MADDPG
-from sb3_ac_ext.common.descent import FlatAdam
-from sb3_ac_ext.common.validation import NonFiniteError
+from sb3_ac_ext.legacy.descent import FlatAdam
 from sb3_ac_ext.maddpg import Agent, JointEnv
 from sb3_ac_ext.maddpg.buffer import JointReplayBuffer, JointTransitions
 from sb3_ac_ext.maddpg.networks import JointCritic
+from sb3_ac_ext.validation import NonFiniteError
 
 SMALL: dict[str, Any] = {"net_arch": [16, 16]}
 engine_on_and_off = pytest.mark.parametrize("engine", [True, False], ids=["engine on", "engine off"])

@@ -9,7 +9,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 
 from sb3_ac_ext import TD3X
-from sb3_ac_ext.common.noise import NoiseSchedule, ScaledNoise
+from sb3_ac_ext.base.noise import NoiseSchedule, ScaledNoise
 
 DECAY: dict[str, Any] = {"type": "normal", "start": 0.5, "end": 0.1, "steps": 100}
 

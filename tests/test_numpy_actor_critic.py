@@ -15,10 +15,10 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_ac_ext import PPOX
-from sb3_ac_ext.common import actor_critic, numpy_layers
-from sb3_ac_ext.common.actor_critic import PARTS, MlpPolicy, TorchActorCritic
-from sb3_ac_ext.common.descent import Descent, FlatAdam
-from sb3_ac_ext.common.numpy_actor_critic import NumpyActorCritic
+from sb3_ac_ext.legacy import actor_critic, numpy_layers
+from sb3_ac_ext.legacy.actor_critic import PARTS, MlpPolicy, TorchActorCritic
+from sb3_ac_ext.legacy.descent import Descent, FlatAdam
+from sb3_ac_ext.legacy.numpy_actor_critic import NumpyActorCritic
 
 SMALL: dict[str, Any] = {"net_arch": {"pi": [8, 5], "vf": [6]}}
 MATRIX = spaces.Box(-1, 2, (2, 2), np.float64)

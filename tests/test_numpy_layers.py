@@ -9,9 +9,9 @@ import pytest
 import torch as th
 from torch import nn
 
-from sb3_ac_ext.common import numpy_layers
-from sb3_ac_ext.common.fused_mlp import FusedLinear, FusedMLP
-from sb3_ac_ext.common.numpy_layers import NumpyLayers, product
+from sb3_ac_ext.legacy import numpy_layers
+from sb3_ac_ext.legacy.fused_mlp import FusedLinear, FusedMLP
+from sb3_ac_ext.legacy.numpy_layers import NumpyLayers, product
 
 ACTIVATIONS = [nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU]
 LARGEST = [0, numpy_layers.LARGEST_PRODUCT]

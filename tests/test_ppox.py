@@ -17,7 +17,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_ac_ext import PPOX
-from sb3_ac_ext.common.actor_critic import MlpPolicy
+from sb3_ac_ext.legacy.actor_critic import MlpPolicy
 
 SMALL: dict[str, Any] = {"net_arch": [8, 8]}
 ROWS = 24

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_ac_ext.common.typing import constructor_keys
+from sb3_ac_ext.base.typing import constructor_keys
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
 CHECKOUT = Path(__file__).parent.parent

@@ -19,8 +19,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
 from sb3_ac_ext import Reinforce
-from sb3_ac_ext.common.validation import NonFiniteError
 from sb3_ac_ext.reinforce import time_limit
+from sb3_ac_ext.validation import NonFiniteError
 
 SMALL: dict[str, Any] = {"net_arch": [8, 8]}
 SGD = {"optimizer_class": th.optim.SGD}

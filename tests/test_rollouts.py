@@ -19,8 +19,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import nn
 
 from sb3_ac_ext import PPOX
-from sb3_ac_ext.common.rollouts import minibatches
-from sb3_ac_ext.common.validation import NonFiniteError, UnsupportedError
+from sb3_ac_ext.buffers.rollouts import minibatches
+from sb3_ac_ext.validation import NonFiniteError, UnsupportedError
 
 SMALL: dict[str, Any] = {"net_arch": [16, 16]}
 STORED = ("observations", "actions", "rewards", "episode_starts", "values", "log_probs", "advantages", "returns")

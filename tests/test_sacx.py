@@ -22,8 +22,8 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 
 import sb3_ac_ext.sacx
 from sb3_ac_ext import SACX
-from sb3_ac_ext.common.critics import TwinStreamCritic
-from sb3_ac_ext.common.typing import Transitions
+from sb3_ac_ext.buffers.replay import Transitions
+from sb3_ac_ext.networks.critics import TwinStreamCritic
 
 SMALL: dict[str, Any] = {"net_arch": [16, 16]}
 

@@ -25,7 +25,7 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_ac_ext.common.typing import constructor_keys
+from sb3_ac_ext.base.typing import constructor_keys
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec, data_dir
 
 # the Zoo's space has batches that are larger than a rollout; SB3 warns of them and takes the whole rollout

@@ -10,10 +10,10 @@ from environments import BOX, CONTINUOUS, RandomEnv
 from torch import nn
 
 from sb3_ac_ext import SACX, TD3X
-from sb3_ac_ext.common import matmul
-from sb3_ac_ext.common.flat_tensor import bind
-from sb3_ac_ext.common.fused_mlp import FusedMLP
-from sb3_ac_ext.common.stacked_mlps import Stack, side_by_side, stacked
+from sb3_ac_ext.legacy import matmul
+from sb3_ac_ext.legacy.flat_tensor import bind
+from sb3_ac_ext.legacy.fused_mlp import FusedMLP
+from sb3_ac_ext.legacy.stacked_mlps import Stack, side_by_side, stacked
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from sb3_ac_ext.common import matmul
-from sb3_ac_ext.common.fused_mlp import FusedMLP
-from sb3_ac_ext.common.tape import Tape
-from sb3_ac_ext.common.workspace import Workspace
+from sb3_ac_ext.legacy import matmul
+from sb3_ac_ext.legacy.fused_mlp import FusedMLP
+from sb3_ac_ext.legacy.tape import Tape
+from sb3_ac_ext.legacy.workspace import Workspace
 
 State = dict[str, th.Tensor]
 ADAM = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8, "amsgrad": False, "maximize": False}

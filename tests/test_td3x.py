@@ -15,7 +15,7 @@ from stable_baselines3.common.logger import Logger
 from torch import nn
 
 from sb3_ac_ext import TD3X
-from sb3_ac_ext.common.critics import TwinStreamCritic
+from sb3_ac_ext.networks.critics import TwinStreamCritic
 
 SMALL: dict[str, Any] = {"net_arch": [16, 16]}
 

@@ -19,10 +19,10 @@ from torch.distributions import kl_divergence
 
 import sb3_ac_ext.trpox
 from sb3_ac_ext import TRPOX
-from sb3_ac_ext.common import numpy_layers
-from sb3_ac_ext.common.numpy_actor_critic import NumpyActorCritic
-from sb3_ac_ext.common.validation import NonFiniteError
 from sb3_ac_ext.functional.natural_gradient import NaturalStep, natural_step
+from sb3_ac_ext.legacy import numpy_layers
+from sb3_ac_ext.legacy.numpy_actor_critic import NumpyActorCritic
+from sb3_ac_ext.validation import NonFiniteError
 
 SMALL: dict[str, Any] = {"net_arch": [8, 8]}
 STEPS = 32

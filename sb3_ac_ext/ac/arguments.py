@@ -13,9 +13,9 @@ from sb3_ac_ext.ac.policies import (
     QMlpPolicy,
     QMultiInputPolicy,
 )
-from sb3_ac_ext.common.actor_critic import MlpPolicy, SeparateCnnPolicy, SeparateMultiInputPolicy
-from sb3_ac_ext.common.arguments import check_bounded_actions, check_policy_class
-from sb3_ac_ext.common.validation import UnsupportedError, check_choice, check_number, check_switch
+from sb3_ac_ext.base.arguments import check_bounded_actions, check_policy_class
+from sb3_ac_ext.legacy.actor_critic import MlpPolicy, SeparateCnnPolicy, SeparateMultiInputPolicy
+from sb3_ac_ext.validation import UnsupportedError, check_choice, check_number, check_switch
 
 V_POLICIES = (MlpPolicy, SeparateCnnPolicy, SeparateMultiInputPolicy)
 Q_POLICIES = (QMlpPolicy, QCnnPolicy, QMultiInputPolicy)

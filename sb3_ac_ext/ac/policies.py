@@ -1,4 +1,4 @@
-"""Policies whose critic is Q(s, a), stochastic and deterministic; `common.actor_critic` has those whose critic is V(s)."""
+"""Policies whose critic is Q(s, a), stochastic and deterministic; `legacy.actor_critic` has those whose critic is V(s)."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from stable_baselines3.common.torch_layers import create_mlp
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_ac_ext.common.actor_critic import MlpPolicy, SeparateFeatures
-from sb3_ac_ext.common.policies import ForDicts, ForImages
+from sb3_ac_ext.legacy.actor_critic import MlpPolicy, SeparateFeatures
+from sb3_ac_ext.networks.policies import ForDicts, ForImages
 
 
 class QMlpPolicy(MlpPolicy):

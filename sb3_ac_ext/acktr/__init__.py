@@ -2,6 +2,6 @@
 
 from sb3_ac_ext.acktr.acktr import ACKTR
 from sb3_ac_ext.acktr.kfac_optimizer import KFAC
-from sb3_ac_ext.common.actor_critic import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_ac_ext.legacy.actor_critic import CnnPolicy, MlpPolicy, MultiInputPolicy
 
 __all__ = ["ACKTR", "KFAC", "CnnPolicy", "MlpPolicy", "MultiInputPolicy"]

@@ -3,8 +3,8 @@
 from typing import Any
 
 from sb3_ac_ext.acktr.kfac_optimizer import check_options
-from sb3_ac_ext.common.actor_critic import MlpPolicy
-from sb3_ac_ext.common.validation import UnsupportedError, check_number, check_switch
+from sb3_ac_ext.legacy.actor_critic import MlpPolicy
+from sb3_ac_ext.validation import UnsupportedError, check_number, check_switch
 
 
 def check_acktr_arguments(model: Any) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from sb3_ac_ext.common.validation import UnsupportedError
 from sb3_ac_ext.functional import kfac
+from sb3_ac_ext.validation import UnsupportedError
 
 MORE_DAMPING = 10.0
 """Factor on the damping of a layer whose factors could not be inverted."""

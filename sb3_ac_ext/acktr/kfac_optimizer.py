@@ -9,8 +9,8 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from sb3_ac_ext.acktr.blocks import Block, LayerBlock, LogStdBlock, State, blocks_of
-from sb3_ac_ext.common.validation import check_choice, check_number
 from sb3_ac_ext.functional import kfac
+from sb3_ac_ext.validation import check_choice, check_number
 
 INVERSIONS = ("eigen", "cholesky")
 

@@ -11,9 +11,9 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import create_mlp
 from torch import nn
 
-from sb3_ac_ext.common.checkpoint import atomic_file
-from sb3_ac_ext.common.validation import UnsupportedError
+from sb3_ac_ext.base.checkpoint import atomic_file
 from sb3_ac_ext.functional.gumbel import gumbel_noise
+from sb3_ac_ext.validation import UnsupportedError
 
 
 class Agent:

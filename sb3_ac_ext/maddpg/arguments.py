@@ -4,10 +4,10 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
-from sb3_ac_ext.common.validation import UnsupportedError, check_number, check_switch
+from sb3_ac_ext.envs.joint_spaces import JointBox
 from sb3_ac_ext.maddpg.buffer import JointReplayBuffer
 from sb3_ac_ext.maddpg.policies import MlpPolicy
-from sb3_ac_ext.maddpg.spaces import JointBox
+from sb3_ac_ext.validation import UnsupportedError, check_number, check_switch
 
 
 def check_maddpg_arguments(model: Any) -> None:

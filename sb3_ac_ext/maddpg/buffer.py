@@ -7,7 +7,7 @@ import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ac_ext.maddpg.spaces import JointBox
+from sb3_ac_ext.envs.joint_spaces import JointBox
 
 REWARDS, TERMINATED, ACTIVE = "agent_rewards", "agent_terminated", "agent_active"
 """Where a step's info has them, see `JointEnv`."""

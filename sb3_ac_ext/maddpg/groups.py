@@ -5,9 +5,9 @@ from typing import Any
 
 import torch as th
 
-from sb3_ac_ext.common.fused_mlp import FusedMLP
-from sb3_ac_ext.common.stacked_mlps import side_by_side
-from sb3_ac_ext.maddpg.spaces import Layout
+from sb3_ac_ext.envs.joint_spaces import Layout
+from sb3_ac_ext.legacy.fused_mlp import FusedMLP
+from sb3_ac_ext.legacy.stacked_mlps import side_by_side
 
 Groups = tuple[tuple[int, ...], ...]
 """The numbers of the agents that share parameters; every agent is in one group."""

@@ -29,20 +29,20 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from sb3_ac_ext.common.descent import Descent
-from sb3_ac_ext.common.flat_tensor import bind
-from sb3_ac_ext.common.noise import ScaledNoise
-from sb3_ac_ext.common.off_policy import OffPolicyMixin
-from sb3_ac_ext.common.typing import OffPolicyKwargs
+from sb3_ac_ext.base.noise import ScaledNoise
+from sb3_ac_ext.base.off_policy import OffPolicyMixin
+from sb3_ac_ext.base.typing import OffPolicyKwargs
+from sb3_ac_ext.envs.joint import JointEnv, is_multi_agent
+from sb3_ac_ext.envs.joint_spaces import ALONE, JointBox
 from sb3_ac_ext.functional.losses import smoothed_action, td_target
 from sb3_ac_ext.functional.multi_agent import active_mean, unilateral
+from sb3_ac_ext.legacy.descent import Descent
+from sb3_ac_ext.legacy.flat_tensor import bind
 from sb3_ac_ext.maddpg import numpy_actor
 from sb3_ac_ext.maddpg.arguments import check_maddpg_arguments, check_normalisation
 from sb3_ac_ext.maddpg.buffer import JointReplayBuffer, JointTransitions
-from sb3_ac_ext.maddpg.environment import JointEnv, is_multi_agent
 from sb3_ac_ext.maddpg.networks import JointActor, JointCritic
 from sb3_ac_ext.maddpg.policies import MlpPolicy
-from sb3_ac_ext.maddpg.spaces import ALONE, JointBox
 
 NETWORKS = ("actor", "critic", "actor_target", "critic_target")
 

@@ -13,10 +13,10 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
-from sb3_ac_ext.common.fused_mlp import FusedMLP
+from sb3_ac_ext.envs.joint_spaces import Layout, size
 from sb3_ac_ext.functional.gumbel import gumbel_noise, gumbel_one_hot, one_hot_argmax
+from sb3_ac_ext.legacy.fused_mlp import FusedMLP
 from sb3_ac_ext.maddpg.groups import Groups, evaluate
-from sb3_ac_ext.maddpg.spaces import Layout, size
 
 
 @dataclass(frozen=True)

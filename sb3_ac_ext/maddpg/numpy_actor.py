@@ -8,10 +8,10 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
-from sb3_ac_ext.common.fused_mlp import FusedMLP
-from sb3_ac_ext.common.numpy_actor import METHODS
-from sb3_ac_ext.common.numpy_layers import NumpyLayers
 from sb3_ac_ext.functional.gumbel import gumbel_noise
+from sb3_ac_ext.legacy.fused_mlp import FusedMLP
+from sb3_ac_ext.legacy.numpy_actor import METHODS
+from sb3_ac_ext.legacy.numpy_layers import NumpyLayers
 from sb3_ac_ext.maddpg.networks import JointActor
 from sb3_ac_ext.maddpg.policies import MlpPolicy
 

@@ -9,11 +9,11 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.td3.policies import TD3Policy
 
-from sb3_ac_ext.common.validation import check_choice, check_number, check_switch
+from sb3_ac_ext.envs.joint_spaces import Layout, agent_spaces, size
 from sb3_ac_ext.maddpg.agent import Agent
 from sb3_ac_ext.maddpg.groups import parse_groups
 from sb3_ac_ext.maddpg.networks import JointActor, JointCritic
-from sb3_ac_ext.maddpg.spaces import Layout, agent_spaces, size
+from sb3_ac_ext.validation import check_choice, check_number, check_switch
 
 
 class MlpPolicy(TD3Policy):

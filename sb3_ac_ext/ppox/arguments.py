@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from sb3_ac_ext.common.actor_critic import MlpPolicy
-from sb3_ac_ext.common.schedules import as_schedule
-from sb3_ac_ext.common.validation import check_choice, check_number, check_switch
+from sb3_ac_ext.base.schedules import as_schedule
+from sb3_ac_ext.legacy.actor_critic import MlpPolicy
+from sb3_ac_ext.validation import check_choice, check_number, check_switch
 
 PENALTY_ONLY = ("kl_target", "kl_coef")
 SEPARATE_ONLY = (

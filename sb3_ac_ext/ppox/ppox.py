@@ -21,11 +21,10 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from sb3_ac_ext.common.actor_critic import PARTS, POLICIES, Evaluation, MlpPolicy
-from sb3_ac_ext.common.on_policy import OnPolicyMixin
-from sb3_ac_ext.common.rollouts import Samples, minibatches
-from sb3_ac_ext.common.schedules import as_schedule
-from sb3_ac_ext.common.typing import OnPolicyKwargs
+from sb3_ac_ext.base.on_policy import OnPolicyMixin
+from sb3_ac_ext.base.schedules import as_schedule
+from sb3_ac_ext.base.typing import OnPolicyKwargs
+from sb3_ac_ext.buffers.rollouts import Samples, minibatches
 from sb3_ac_ext.functional.surrogates import (
     Loss,
     adapted_kl_coef,
@@ -37,6 +36,7 @@ from sb3_ac_ext.functional.surrogates import (
     squared_error,
     surrogate,
 )
+from sb3_ac_ext.legacy.actor_critic import PARTS, POLICIES, Evaluation, MlpPolicy
 from sb3_ac_ext.ppox.arguments import check_clip_range_is_default, check_ppox_arguments, check_sizes
 
 KL_TARGET = 0.01

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from sb3_ac_ext.common.validation import check_number, check_switch
 from sb3_ac_ext.sacx.policies import MlpPolicy
+from sb3_ac_ext.validation import check_number, check_switch
 
 
 def check_sacx_arguments(model: Any) -> None:

@@ -9,10 +9,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.sac.policies import Actor, SACPolicy
 from torch import nn
 
-from sb3_ac_ext.common.critics import FeaturesModel, TwinStreamCritic
-from sb3_ac_ext.common.fused_mlp import FusedLinear, FusedMLP
-from sb3_ac_ext.common.policies import ForDicts, ForImages, TwinStreamPolicy
 from sb3_ac_ext.functional.gaussian import squashed_gaussian
+from sb3_ac_ext.legacy.fused_mlp import FusedLinear, FusedMLP
+from sb3_ac_ext.networks.critics import FeaturesModel, TwinStreamCritic
+from sb3_ac_ext.networks.policies import ForDicts, ForImages, TwinStreamPolicy
 
 
 class ValueNetwork(FeaturesModel):

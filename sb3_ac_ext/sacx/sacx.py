@@ -25,12 +25,13 @@ from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from stable_baselines3.sac.policies import Actor, SACPolicy
 from torch.nn import functional as F
 
-from sb3_ac_ext.common import numpy_actor
-from sb3_ac_ext.common.critics import TwinStreamCritic
-from sb3_ac_ext.common.fused_mlp import FusedMLP
-from sb3_ac_ext.common.off_policy import OffPolicyMixin
-from sb3_ac_ext.common.typing import OffPolicyKwargs, Transitions
+from sb3_ac_ext.base.off_policy import OffPolicyMixin
+from sb3_ac_ext.base.typing import OffPolicyKwargs
+from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.functional.losses import ent_coef_loss, soft_value, td_target, twin_mse
+from sb3_ac_ext.legacy import numpy_actor
+from sb3_ac_ext.legacy.fused_mlp import FusedMLP
+from sb3_ac_ext.networks.critics import TwinStreamCritic
 from sb3_ac_ext.sacx.arguments import check_sacx_arguments, parse_ent_coef
 from sb3_ac_ext.sacx.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 

@@ -1,0 +1,1 @@
+"""What the algorithms of a family share: their arguments, loops, exploration and checkpoints."""

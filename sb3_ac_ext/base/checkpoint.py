@@ -1,0 +1,234 @@
+"""Saving and loading that lets training go on exactly: random states, whole files, SB3's zips, no unknown keys."""
+
+import base64
+import os
+import pathlib
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO, ClassVar, Self
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file, recursive_getattr
+from stable_baselines3.common.type_aliases import MaybeCallback
+from torch import nn
+
+from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.legacy.descent import parameters_of
+from sb3_ac_ext.validation import check_keys
+
+RandomState = dict[str, Any]
+
+
+def random_state(action_space: spaces.Space[Any], device: th.device) -> RandomState:
+    """
+    The states of the random generators that training draws from, as plain JSON values.
+
+    :param action_space: its generator draws the uniform actions of the warm-up
+    :param device: the learner's device; on CUDA its generator is included
+    :return: one entry per generator
+    """
+    numpy_state: dict[str, Any] = dict(np.random.get_state(legacy=False))  # noqa: NPY002 (SB3 draws from the global one)
+    numpy_state["state"] = {"key": numpy_state["state"]["key"].tolist(), "pos": int(numpy_state["state"]["pos"])}
+    state = {
+        "numpy": numpy_state,
+        "torch": _encode(th.get_rng_state()),
+        "action_space": action_space.np_random.bit_generator.state,
+    }
+    if device.type == "cuda":
+        state["cuda"] = _encode(th.cuda.get_rng_state(device))
+    return state
+
+
+def set_random_state(state: RandomState, action_space: spaces.Space[Any], device: th.device) -> None:
+    """
+    Put back what `random_state` returned.
+
+    :param state: its result; the CUDA entry is used only on CUDA
+    :param action_space: as there
+    :param device: as there
+    """
+    numpy_state = {**state["numpy"], "state": {**state["numpy"]["state"]}}
+    numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+    np.random.set_state(numpy_state)  # noqa: NPY002
+    th.set_rng_state(_decode(state["torch"]))
+    action_space.np_random.bit_generator.state = state["action_space"]
+    if device.type == "cuda" and "cuda" in state:
+        th.cuda.set_rng_state(_decode(state["cuda"]), device)
+
+
+def _encode(state: th.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> th.Tensor:
+    return th.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
+
+
+def split_optimizer_state(state: dict[str, Any], shares: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """
+    An optimizer's state as the states of several that share its parameters out.
+
+    :param state: what ``state_dict`` returned, with one parameter group
+    :param shares: the numbers of its parameters that each takes, in the order in which it takes them
+    :return: a state for each
+    :raises ValueError: if not each of its parameters is taken once
+    """
+    (group,) = state["param_groups"]
+    taken = sorted(number for share in shares for number in share)
+    if taken != list(range(len(group["params"]))):
+        raise ValueError(f"the optimizer has {len(group['params'])} parameters, the networks have {len(taken)}")
+    return [
+        {
+            "state": {i: state["state"][number] for i, number in enumerate(share) if number in state["state"]},
+            "param_groups": [{**group, "params": list(range(len(share)))}],
+        }
+        for share in shares
+    ]
+
+
+@contextmanager
+def atomic_file(path: str | pathlib.Path, suffix: str) -> Iterator[BinaryIO]:
+    """
+    A file that appears under its name only when it is whole: a killed process leaves the previous one as it was.
+
+    Names are completed as SB3 does: ``suffix`` where there is none, missing folders made, "_2" where a folder is in the way.
+
+    :param path: the file's name
+    :param suffix: without the dot
+    """
+    path = pathlib.Path(path)
+    if path.suffix == "":
+        path = path.with_name(f"{path.name}.{suffix}")
+    if path.is_dir():
+        warnings.warn(f"{path} is a folder, saving to {path}_2 instead", stacklevel=3)
+        path = path.with_name(f"{path.name}_2")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class CheckpointMixin(BaseAlgorithm):
+    """
+    `save` and `load` for every algorithm of the family; goes before the SB3 class.
+
+    Random states are saved always and restored only where training goes on: at the first update, or at
+    ``learn(reset_num_timesteps=False)``. Loading to predict disturbs nobody's random stream, and a seed given to `load`
+    starts a stream of its own.
+    """
+
+    sb3_class: ClassVar[type[BaseAlgorithm]]
+    """The SB3 algorithm whose zips load; its policy classes stand for ours of the same alias."""
+    joint_optimizers: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Each optimizer of the SB3 algorithm that is several here, an attribute of what has its parameters: their attributes."""
+    _random_state: RandomState | None = None
+    """States of a loaded checkpoint that training has not taken up yet."""
+
+    def _setup_model(self) -> None:
+        self.policy_class = self._own_policy_class(self.policy_class)
+        super()._setup_model()  # type: ignore[safe-super]
+
+    @classmethod
+    def _own_policy_class(cls, policy_class: type[BasePolicy]) -> type[BasePolicy]:
+        ours = {theirs: cls.policy_aliases[alias] for alias, theirs in cls.sb3_class.policy_aliases.items()}
+        return ours.get(policy_class, policy_class)
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        if reset_num_timesteps:
+            self._random_state = None
+        else:
+            self._restore_random_state()
+        return result
+
+    def _restore_random_state(self) -> None:
+        if self._random_state is not None:
+            set_random_state(self._random_state, self.action_space, self.device)
+            self._random_state = None
+
+    def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: th.device | str = "auto") -> None:
+        """
+        See SB3's ``BaseAlgorithm.set_parameters``; parameters of the SB3 class are taken too.
+
+        :param load_path_or_dict: file name, open binary file, or what ``get_parameters`` returned
+        :param exact_match: whether all parameters have to be there
+        :param device: where those of a file are put
+        """
+        parameters = load_path_or_dict
+        if not isinstance(parameters, dict):
+            _, parameters, _ = load_from_zip_file(parameters, device=device, load_data=False)
+        super().set_parameters(self._own_parameters(parameters), exact_match, device)
+
+    def _own_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """
+        :param parameters: of this class or of `sb3_class`, by the names of their attributes; not changed
+        :return: the same by our names
+        """
+        own = dict(parameters)
+        for joint in self.joint_optimizers.keys() & own.keys():
+            optimizers = {name: recursive_getattr(self, name, None) for name in self.joint_optimizers[joint]}
+            parts = {name: [*map(id, parameters_of(part))] for name, part in optimizers.items() if part is not None}
+            if parts.keys() <= own.keys():
+                continue
+            everything = {key for part in parts.values() for key in part}
+            owner: nn.Module = recursive_getattr(self, joint.rpartition(".")[0])
+            order = [id(parameter) for parameter in owner.parameters() if id(parameter) in everything]
+            shares = [[order.index(key) for key in part] for part in parts.values()]
+            own.update(zip(parts, split_optimizer_state(own.pop(joint), shares), strict=True))
+        return own
+
+    def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
+        """
+        Save as SB3 does, with the random states, and never leave half a file.
+
+        :param path: file name, or an open binary file
+        :param exclude: attributes to leave out in addition
+        :param include: attributes to save that are left out by default
+        """
+        pending = self._random_state
+        self._random_state = pending or random_state(self.action_space, self.device)
+        try:
+            if isinstance(path, (str, pathlib.Path)):
+                with atomic_file(path, "zip") as file:
+                    super().save(file, exclude, include)  # type: ignore[arg-type]
+            else:
+                super().save(path, exclude, include)
+        finally:
+            self._random_state = pending
+
+    @classmethod
+    def load(cls, path: Any, *args: Any, **kwargs: Any) -> Self:
+        """
+        Load a zip of this class or of SB3's own (see ``BaseAlgorithm.load`` for the arguments).
+
+        :param kwargs: arguments of the constructor to change
+        :return: the model
+        :raises TypeError: if a keyword is no argument of the constructor
+        """
+        own = {"env", "device", "custom_objects", "print_system_info", "force_reset"}
+        check_keys(f"{cls.__name__}.load()", kwargs, (constructor_keys(cls) | own) - {"policy"})
+        if "stats_window_size" in kwargs:
+            kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
+        model = super().load(path, *args, **kwargs)
+        if "seed" in kwargs:
+            model._random_state = None
+        return model

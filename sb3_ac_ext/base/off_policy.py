@@ -1,0 +1,242 @@
+"""What the off-policy algorithms share besides the updates: replay buffer, exploration, argument checks."""
+
+import copy
+import io
+import pathlib
+from collections.abc import Iterable
+from typing import Any, Self
+
+import numpy as np
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.save_util import save_to_pkl
+from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_ac_ext.base.arguments import check_off_policy_arguments
+from sb3_ac_ext.base.checkpoint import CheckpointMixin, atomic_file
+from sb3_ac_ext.base.noise import NoiseSchedule, ScaledNoise
+from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.buffers import replay
+from sb3_ac_ext.buffers.replay import Transitions
+from sb3_ac_ext.legacy.acting import ActingMixin
+from sb3_ac_ext.legacy.participants import leaves_alone
+from sb3_ac_ext.validation import check_keys, translated_assertions
+
+AUTOMATIC_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
+"""What SB3 chooses when no class is given, and stores in its zips as if it had been."""
+
+MADE_ON_DEMAND: Any = object()
+"""Stands for the buffer while SB3 sets a model up, which allocates one where it finds none."""
+
+
+class OffPolicyMixin(ActingMixin, CheckpointMixin, OffPolicyAlgorithm):
+    """Goes before the SB3 class: ``class TD3X(OffPolicyMixin, TD3)``."""
+
+    def __init__(
+        self,
+        *args: Any,
+        max_grad_norm: float | dict[str, float] | None = None,
+        exploration_noise: dict[str, Any] | None = None,
+        warmup: str = "uniform",
+        engine: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        check_keys(f"{type(self).__name__}()", kwargs, constructor_keys(type(self)) | {"_init_setup_model"})
+        self._replay_buffer: ReplayBuffer | None = None
+        self._samplers: dict[tuple[int, float], replay.Sampler] = {}
+        self._noise: NoiseSchedule | None = None
+        self._noise_steps = 0
+        kwargs["policy_kwargs"] = copy.copy(kwargs.get("policy_kwargs"))  # SB3 writes into it
+        with translated_assertions(self):
+            super().__init__(*args, **kwargs)
+        self.max_grad_norm = max_grad_norm
+        self.exploration_noise = exploration_noise
+        self.warmup = warmup
+        self.engine = engine
+
+    def _setup_model(self) -> None:
+        self._check_arguments()
+        if self.replay_buffer_class in AUTOMATIC_BUFFERS:
+            self.replay_buffer_class = None
+        # a zip saved with include=["replay_buffer"] puts the buffer beside the property
+        buffer = self.__dict__.pop("replay_buffer", self._replay_buffer)
+        self._replay_buffer = MADE_ON_DEMAND
+        with translated_assertions(self):
+            super()._setup_model()
+        self._replay_buffer = buffer
+        if self.exploration_noise is not None:
+            self._noise = NoiseSchedule.parse(self.exploration_noise)
+            self.action_noise = self._noise.unit_process(self.action_space.shape or ())
+        self._setup_updates()
+
+    def _check_arguments(self) -> None:
+        """
+        :raises TypeError: if an argument has the wrong type
+        :raises ValueError: if one is out of range or contradicts another
+        :raises UnsupportedError: if the spaces or a combination of arguments cannot be served
+        """
+        check_off_policy_arguments(self)
+        if self.exploration_noise is None:
+            self._noise = None
+        elif self.action_noise is not None and self._noise is None:
+            raise ValueError(
+                "exploration_noise and action_noise (noise_type in RL Zoo) exclude each other, got "
+                f"exploration_noise={self.exploration_noise!r} and action_noise={self.action_noise!r}"
+            )
+
+    # The buffer is made when training or the user first asks for it: a model loaded to predict needs none.
+
+    @property
+    def replay_buffer(self) -> ReplayBuffer | None:
+        """The replay buffer, allocated at the first access."""
+        if self._replay_buffer is None and hasattr(self, "policy"):
+            self._replay_buffer = self._make_replay_buffer()
+        return self._replay_buffer
+
+    @replay_buffer.setter
+    def replay_buffer(self, buffer: ReplayBuffer | None) -> None:
+        self._replay_buffer = buffer
+
+    def _make_replay_buffer(self) -> ReplayBuffer:
+        assert self.replay_buffer_class is not None
+        kwargs = dict(self.replay_buffer_kwargs)
+        if issubclass(self.replay_buffer_class, HerReplayBuffer):
+            if self.env is None:
+                raise ValueError(
+                    "HerReplayBuffer asks the environment for rewards: call set_env() or load with env=, got None"
+                )
+            kwargs["env"] = self.env
+        return self.replay_buffer_class(
+            self.buffer_size,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            n_envs=self.n_envs,
+            optimize_memory_usage=self.optimize_memory_usage,
+            **kwargs,
+        )
+
+    def _sample(self, batch_size: int) -> Transitions:
+        buffer = self.replay_buffer
+        assert buffer is not None
+        if self.engine and replay.obstacle(buffer, self._vec_normalize_env) is None:
+            key = batch_size, self.gamma
+            if key not in self._samplers:
+                self._samplers[key] = replay.Sampler(buffer, *key)
+            return self._samplers[key](buffer)
+        batch = buffer.sample(batch_size, env=self._vec_normalize_env)
+        discounts = self.gamma if batch.discounts is None else batch.discounts
+        return Transitions(batch.observations, batch.actions, batch.next_observations, batch.dones, batch.rewards, discounts)
+
+    def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
+        """See `CheckpointMixin.save`; ``include=["replay_buffer"]`` puts the buffer into the zip."""
+        include = {"_replay_buffer" if name == "replay_buffer" else name for name in include or ()}
+        super().save(path, exclude, include)
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """
+        Save the replay buffer as SB3 does, and never leave half a file.
+
+        :param path: file name, or an open binary file
+        """
+        if not isinstance(path, (str, pathlib.Path)):
+            return super().save_replay_buffer(path)
+        with atomic_file(path, "pkl") as file:
+            save_to_pkl(file, self.replay_buffer, self.verbose)  # type: ignore[arg-type]
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer of ours or of SB3's.
+
+        :param path: file name, or an open binary file
+        :param truncate_last_traj: with HER, whether to close the episode that was running
+        :raises ValueError: if the buffer was filled by another number of environments
+        """
+        super().load_replay_buffer(path, truncate_last_traj)
+        buffer = self._replay_buffer
+        if buffer is not None and buffer.n_envs != self.n_envs:
+            self._replay_buffer = None
+            raise ValueError(
+                f"the replay buffer holds n_envs={buffer.n_envs} environments, the model has n_envs={self.n_envs}"
+            )
+
+    def engine_report(self) -> dict[str, str]:
+        """See `UpdateMixin.engine_report`."""
+        buffer = self._replay_buffer or self.replay_buffer_class  # do not make one to report on it
+        sampling = replay.obstacle(buffer, self._vec_normalize_env) if self.engine else "engine=False"
+        return {
+            **super().engine_report(),
+            "replay": "direct" if sampling is None else f"SB3: {sampling}",
+        }
+
+    def _exploration_std(self) -> float | None:
+        """Factor or mean sigma of the exploration noise in the scaled action space; None if there is none of known size."""
+        if self._noise is not None:
+            return self._noise_factor(self._noise)
+        process = getattr(self.action_noise, "base_noise", self.action_noise)
+        sigma = getattr(process, "_sigma", None)
+        return None if sigma is None else float(np.mean(sigma))
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        learning_starts = 0 if self.warmup == "noise" else learning_starts
+        return super()._sample_action(learning_starts, self._scaled_noise(action_noise), n_envs)
+
+    def _scaled_noise(self, action_noise: ActionNoise | None) -> ActionNoise | None:
+        """The process times this moment's factor, where ``exploration_noise`` asks for one."""
+        if self._noise is None or action_noise is None:
+            return action_noise
+        return ScaledNoise(action_noise, self._noise_factor(self._noise))
+
+    def _noise_factor(self, noise: NoiseSchedule) -> float:
+        filling = self.warmup == "noise" and self.num_timesteps < self.learning_starts
+        return 1.0 if filling else noise.std(self._noise_steps)
+
+    def _on_step(self) -> None:
+        super()._on_step()
+        self._noise_steps += self.n_envs
+
+    def _begin_updates(self) -> None:
+        self._restore_random_state()
+        super()._begin_updates()
+
+    def _end_updates(self) -> None:
+        std = self._exploration_std()
+        if std is not None:
+            self.logger.record("train/exploration_std", std)
+        super()._end_updates()
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """
+        Train; see SB3's ``OffPolicyAlgorithm.learn``.
+
+        What a callback changes about the model is followed at once, what the environment changes while it steps at the next
+        call, unless there is a callback of your own too.
+
+        :param tb_log_name: name of the TensorBoard run, the class name by default
+        """
+        name = type(self).__name__ if tb_log_name is None else tb_log_name
+        self._capture.settled, self._alone = False, leaves_alone(callback)
+        try:
+            return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
+        finally:
+            if self._undisturbed:
+                self.policy.set_training_mode(True)  # as `train` leaves it
+            self._alone = False
+
+    def _excluded_save_params(self) -> list[str]:
+        derived = ["_replay_buffer", "_samplers", "_noise"]
+        if self._noise is not None:
+            derived.append("action_noise")
+        return [*super()._excluded_save_params(), *derived]

@@ -1,1 +1,0 @@
-"""Stateful pieces that two or more algorithms share."""

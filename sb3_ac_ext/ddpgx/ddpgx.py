@@ -1,0 +1,205 @@
+"""
+DDPG (Lillicrap et al. 2016, "Continuous control with deep reinforcement learning", arXiv:1509.02971).
+
+    for i in 1 .. gradient_steps:                                                     (Algorithm 1)
+        sample (s, a, r, s', d)
+        y = r + gamma (1 - d) Q_target(s', mu_target(s'))
+        critic: descend mean (Q(s, a) - y)^2
+        actor: ascend mean Q(s, mu(s))
+        targets: theta_target <- tau theta + (1 - tau) theta_target
+"""
+
+from typing import Any, ClassVar, Unpack
+
+import numpy as np
+import torch as th
+from stable_baselines3 import DDPG
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.utils import polyak_update
+from stable_baselines3.td3.policies import Actor, TD3Policy
+from torch.nn import functional as F
+
+from sb3_ac_ext.base.off_policy import OffPolicyMixin
+from sb3_ac_ext.base.typing import OffPolicyKwargs
+from sb3_ac_ext.buffers.replay import Transitions
+from sb3_ac_ext.ddpgx.parameter_noise import ParameterNoise, PerturbedActors, action_distance
+from sb3_ac_ext.ddpgx.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_ac_ext.functional.losses import td_target
+from sb3_ac_ext.legacy import numpy_actor
+from sb3_ac_ext.networks.critics import SingleStreamCritic
+from sb3_ac_ext.validation import check_number
+
+
+class DDPGX(OffPolicyMixin, DDPG):
+    """
+    DDPG, with the paper's architecture and two kinds of exploration noise as options.
+
+    Differences from the paper: SB3's defaults (Adam 1e-3 for both networks, batch 256, tau 0.005, no noise; the paper's
+    are in ``zoo_configs/ddpgx_paper.yml``); with batch normalisation the critic runs on its running statistics everywhere,
+    which its own loss updates first; truncated episodes bootstrap at their last observation. Differences from SB3's DDPG
+    with the extras at their defaults: none in the updates; no smoothing noise of size 0 is drawn for the target.
+
+    Ornstein-Uhlenbeck noise is ``exploration_noise={"type": "ornstein-uhlenbeck", "start": 0.2, "dt": 1.0}``, see
+    `sb3_ac_ext.base.noise.NoiseSchedule` for what ``dt`` means: 1 is one unit of time a step, as programs that follow
+    the paper have it, 0.01 (the default, and SB3's) the same process a hundred times more slowly.
+
+    Logged: ``train/q``, mean Q(s, a) of the critic's batches; ``train/action_gradient``, mean ``|dQ/da|`` over the
+    components of the actor's actions (reward units per half of the action's range); ``train/exploration_share``, mean
+    ``|a - mu(s)| / 2`` over the components of the actions since the last log, the share of the action's range that noise
+    has moved them by (not while actions are drawn uniformly); ``train/parameter_noise_std`` and
+    ``train/parameter_noise_distance``, sigma and d of `sb3_ac_ext.ddpgx.parameter_noise.ParameterNoise`.
+
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class
+    :param env: environment or its id, with a Box action space of finite bounds
+    :param learning_rate: rate of both networks: a number >= 0, "lin_x" (falls linearly from x to 0), or a schedule
+    :param actor_learning_rate: rate of the actor instead
+    :param critic_learning_rate: rate of the critic instead
+    :param critic_weight_decay: L2 decay of the critic's weights (not its biases), as Adam's ``weight_decay``, >= 0
+    :param parameter_noise: noise on the actor's parameters, a perturbed actor for each environment, drawn at the start of
+        its episodes; action noise comes on top. See `sb3_ac_ext.ddpgx.parameter_noise.ParameterNoise`
+    :param kwargs: `OffPolicyKwargs`
+    :raises TypeError: for an unknown argument or one of the wrong type
+    :raises ValueError: for a value out of range or a contradiction
+    :raises UnsupportedError: for spaces that DDPG cannot take
+    """
+
+    sb3_class = DDPG
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: MlpPolicy
+    critic: SingleStreamCritic  # type: ignore[assignment]
+    critic_target: SingleStreamCritic  # type: ignore[assignment]
+    _parameter_noise: ParameterNoise | None
+    _parameter_noise_std: float | None = None
+    """Sigma as it has been adapted, saved with the model."""
+    _perturbed: PerturbedActors
+
+    def __init__(
+        self,
+        policy: str | type[TD3Policy],
+        env: GymEnv | str,
+        learning_rate: float | str | Schedule = 1e-3,
+        *,
+        actor_learning_rate: float | str | Schedule | None = None,
+        critic_learning_rate: float | str | Schedule | None = None,
+        critic_weight_decay: float = 0.0,
+        parameter_noise: dict[str, Any] | None = None,
+        _init_setup_model: bool = True,
+        **kwargs: Unpack[OffPolicyKwargs],
+    ) -> None:
+        stats_window_size = kwargs.pop("stats_window_size", 100)  # SB3's DDPG has no such argument
+        kwargs["policy_kwargs"] = {**(kwargs.get("policy_kwargs") or {})}  # SB3's DDPG writes into it
+        super().__init__(policy, env, learning_rate, _init_setup_model=False, **kwargs)
+        self._stats_window_size = stats_window_size
+        self.actor_learning_rate = actor_learning_rate
+        self.critic_learning_rate = critic_learning_rate
+        self.critic_weight_decay = critic_weight_decay
+        self.parameter_noise = parameter_noise
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        spec = self.parameter_noise
+        self._parameter_noise = None if spec is None else ParameterNoise.parse(spec)
+        self._perturbed = PerturbedActors()
+        if self._parameter_noise is None:
+            self._parameter_noise_std = None
+        elif self._parameter_noise_std is None:
+            self._parameter_noise_std = self._parameter_noise.std
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        check_number("critic_weight_decay", self.critic_weight_decay, low=0)
+        if self.parameter_noise is not None:
+            ParameterNoise.parse(self.parameter_noise)
+        if self.policy_kwargs.get("batch_norm") and self.batch_size == 1:
+            raise ValueError("batch_size must be an integer >= 2 with batch_norm=True, got 1")
+
+    def _optimizers(self) -> dict[str, th.optim.Optimizer]:
+        return {"critic": self.critic.optimizer, "actor": self.actor.optimizer}
+
+    def _acting_obstacle(self) -> str | None:
+        return numpy_actor.obstacle(self.policy, self.policy_aliases.values(), Actor)
+
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        """
+        Updates of Algorithm 1.
+
+        :param gradient_steps: number of updates of critic, actor and targets
+        :param batch_size: transitions per update
+        :raises NonFiniteError: if a loss or a parameter is NaN or infinite afterwards
+        """
+        self._begin_updates()
+        for _ in range(gradient_steps):
+            self._n_updates += 1
+            self._run(self._update, self._sample(batch_size))
+        self._end_updates()
+
+    def _update(self, batch: Transitions) -> None:
+        self._descend("critic", self._critic_loss, batch)
+        self._descend("actor", self._actor_loss, batch)
+        self._update_targets()
+
+    def _critic_loss(self, batch: Transitions) -> th.Tensor:
+        with th.no_grad():
+            (next_q,) = self.critic_target(batch.next_observations, self.actor_target(batch.next_observations))  # (B, 1)
+            target = td_target(batch.rewards, batch.dones, batch.discounts, next_q)
+        (q,) = self.critic(batch.observations, batch.actions)
+        self._means.add("q", q)
+        return F.mse_loss(q, target)
+
+    def _actor_loss(self, batch: Transitions) -> th.Tensor:
+        actions = self.actor(batch.observations)
+        # on its way to the actor the backward pass brings -dQ/da / B
+        actions.register_hook(lambda grad: self._means.add("action_gradient", len(grad) * grad.abs().mean()))
+        return -self.critic.q1_forward(batch.observations, actions).mean()
+
+    def _update_targets(self) -> None:
+        self._follow("critic", self.tau)
+        self._follow("actor", self.tau)
+        polyak_update(self.critic_batch_norm_stats, self.critic_batch_norm_stats_target, 1.0)
+        polyak_update(self.actor_batch_norm_stats, self.actor_batch_norm_stats_target, 1.0)
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self.num_timesteps < learning_starts and self.warmup == "uniform":
+            return super()._sample_action(learning_starts, action_noise, n_envs)
+        assert self._last_obs is not None
+        greedy = self.policy.scale_action(self.predict(self._last_obs)[0])
+        noise = self._scaled_noise(action_noise)
+        actions = greedy if self._parameter_noise is None else self._act_perturbed().reshape(greedy.shape)
+        actions = actions if noise is None else np.clip(actions + noise(), -1, 1)
+        self.logger.record_mean("train/exploration_share", np.abs(actions - greedy).mean() / 2)
+        return self.policy.unscale_action(actions), actions
+
+    def _act_perturbed(self) -> np.ndarray:
+        assert self._last_obs is not None and self._last_episode_starts is not None and self._parameter_noise_std is not None
+        observations, _ = self.policy.obs_to_tensor(self._last_obs)
+        return self._perturbed.act(self.actor, observations, self._last_episode_starts, self._parameter_noise_std)
+
+    def _store_transition(
+        self, replay_buffer: Any, buffer_action: Any, new_obs: Any, reward: Any, dones: Any, infos: Any
+    ) -> None:
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        self._last_episode_starts = dones
+
+    def _on_step(self) -> None:
+        super()._on_step()
+        noise, std = self._parameter_noise, self._parameter_noise_std
+        if noise is None or std is None or self.num_timesteps <= self.learning_starts:
+            return
+        if self._noise_steps % noise.interval < self.n_envs:  # the step has reached another multiple of the interval
+            distance = action_distance(self.actor, self._sample(self.batch_size).observations, std)
+            self._parameter_noise_std = noise.adapted(std, distance)
+            self.logger.record("train/parameter_noise_std", self._parameter_noise_std)
+            self.logger.record_mean("train/parameter_noise_distance", distance)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_parameter_noise", "_perturbed"]

@@ -1,0 +1,1 @@
+"""Environments: several agents as one, and what a policy sees of a screen."""

@@ -1,0 +1,1 @@
+"""What the on-policy family still computes with: layers, backward passes and recordings written by hand."""

@@ -1,0 +1,1 @@
+"""Networks and policies that several algorithms share, beyond SB3's."""
