@@ -4,6 +4,7 @@ from sb3_ac_ext.ac import AC
 from sb3_ac_ext.acktr import ACKTR
 from sb3_ac_ext.ddpgx import DDPGX
 from sb3_ac_ext.maddpg import MADDPG
+from sb3_ac_ext.moved import install as _install_old_names
 from sb3_ac_ext.ppox import PPOX
 from sb3_ac_ext.reinforce import Reinforce
 from sb3_ac_ext.sacx import SACX
@@ -12,6 +13,8 @@ from sb3_ac_ext.trpox import TRPOX
 
 __version__ = "0.1.0"
 __all__ = ["AC", "ACKTR", "DDPGX", "MADDPG", "PPOX", "SACX", "TD3X", "TRPOX", "Reinforce"]
+
+_install_old_names()
 
 try:
     import _sb3_ac_ext_hook
