@@ -141,8 +141,8 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
         self.policy.separate_optimizers(self.lr_schedule(1), "Reinforce")
 
     def _optimizers(self) -> dict[str, th.optim.Optimizer]:
-        own = {"policy": self.policy.optimizer}
-        return {**own, "baseline": self.policy.value_optimizer} if self.use_baseline else own
+        optimizers: dict[str, th.optim.Optimizer] = {"policy": self.policy.optimizer}
+        return {**optimizers, "baseline": self.policy.value_optimizer} if self.use_baseline else optimizers
 
     # Rollouts
 

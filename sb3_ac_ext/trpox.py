@@ -147,7 +147,7 @@ class TRPOX(OnPolicyMixin, TRPO):
         check_choice("kl_direction", self.kl_direction, ("new_old", "old_new"))
         check_choice("kl_reduction", self.kl_reduction, ("mean", "sum"))
         check_switch("normalize_advantage", self.normalize_advantage)
-        if not issubclass(self._own_policy_class(self.policy_class), MlpPolicy):
+        if not issubclass(self._translated_policy_class(self.policy_class), MlpPolicy):
             raise TypeError(f"policy must be derived from {MlpPolicy}, got {self.policy_class}")
 
     def _setup_model(self) -> None:
@@ -158,8 +158,8 @@ class TRPOX(OnPolicyMixin, TRPO):
         """Only the value has one; what it shares with the policy is the policy's."""
         policy = self.policy
         shared = {id(parameter) for parameter in policy.policy_parameters()}
-        own = [parameter for parameter in policy.value_parameters() if id(parameter) not in shared]
-        policy.optimizer = policy.optimizer_class(own, lr=self.lr_schedule(1), **policy.optimizer_kwargs)  # type: ignore[call-arg]  # rates are the subclasses'
+        unshared = [parameter for parameter in policy.value_parameters() if id(parameter) not in shared]
+        policy.optimizer = policy.optimizer_class(unshared, lr=self.lr_schedule(1), **policy.optimizer_kwargs)  # type: ignore[call-arg]  # rates are the subclasses'
 
     def _optimizers(self) -> dict[str, th.optim.Optimizer]:
         return {"value": self.policy.optimizer}
@@ -259,16 +259,16 @@ class TRPOX(OnPolicyMixin, TRPO):
         report = super().engine_report()
         return {**report, "policy update": f"natural gradient by {report['acting']}"}
 
-    def _own_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
+    def _translated_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """See `CheckpointMixin`; TRPO's optimizer has all parameters, and a state for the same ones as ours."""
-        own = super()._own_parameters(parameters)
-        state = own.get("policy.optimizer")
+        translated = super()._translated_parameters(parameters)
+        state = translated.get("policy.optimizer")
         order = [id(parameter) for parameter in self.policy.parameters()]
         if state is not None and len(state["param_groups"][0]["params"]) == len(order):
             share = [order.index(id(parameter)) for parameter in parameters_of(self.policy.optimizer)]
             rest = [number for number in range(len(order)) if number not in share]
-            own["policy.optimizer"], _ = split_optimizer_state(state, (share, rest))
-        return own
+            translated["policy.optimizer"], _ = split_optimizer_state(state, (share, rest))
+        return translated
 
 
 def _assign(parameters: Sequence[nn.Parameter], values: th.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Whatever somebody does to a model between updates, the fast paths go on as the ordinary ones do."""
+"""Whatever is done to a model between updates, the fast paths go on as the ordinary ones do."""
 
 import copy
 import io
@@ -25,7 +25,7 @@ from stable_baselines3.common.logger import Logger
 from torch import nn
 
 from sb3_ac_ext import DDPGX, PPOX, SACX, TD3X, TRPOX
-from sb3_ac_ext.legacy.participants import leaves_alone
+from sb3_ac_ext.legacy.participants import is_passive
 
 ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "td3x": (TD3X, {"learning_starts": 10, "buffer_size": 300}),
@@ -37,7 +37,7 @@ ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 class Subject:
-    """A model and what somebody has done to it."""
+    """A model and what has been done to it."""
 
     def __init__(self, algorithm: str, engine: bool) -> None:
         cls, kwargs = ALGORITHMS[algorithm]
@@ -320,10 +320,10 @@ def test_a_model_saved_by_a_callback_is_looked_at(tmp_path: Any) -> None:
     ],
 )
 def test_who_leaves_the_model_alone(callback: Any, alone: bool) -> None:
-    assert leaves_alone(callback) is alone
+    assert is_passive(callback) is alone
 
 
 def test_a_callback_with_a_replaced_method_may_do_anything() -> None:
     callback = evaluation()
     callback._on_step = lambda: True  # type: ignore[method-assign]  # which is the point
-    assert not leaves_alone(callback)
+    assert not is_passive(callback)

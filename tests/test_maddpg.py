@@ -125,7 +125,7 @@ class Linear(nn.Module):
     def __init__(self, *theta: float) -> None:
         super().__init__()
         self.theta = nn.ParameterList([th.tensor(value) for value in theta])
-        self.own = th.eye(len(theta), dtype=th.bool).unsqueeze(1)
+        self.action_masks = th.eye(len(theta), dtype=th.bool).unsqueeze(1)
 
     def outputs(self, obs: th.Tensor) -> th.Tensor:
         return th.stack([theta * obs[:, i] for i, theta in enumerate(self.theta)], dim=1)

@@ -131,7 +131,7 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
         self._weights = np.ones(self.n_envs, dtype=np.float32)  # I
         self._decays = {"actor": self.gamma * self.actor_trace_lambda, "critic": self.gamma * self.critic_trace_lambda}
         traced = self._optimizers() if any(self._decays.values()) else {}
-        self._traces = {name: Traces(parameters_of(own), self.n_envs) for name, own in traced.items()}
+        self._traces = {name: Traces(parameters_of(optimizer), self.n_envs) for name, optimizer in traced.items()}
 
     def _optimizers(self) -> dict[str, th.optim.Optimizer]:
         return {"actor": self.policy.optimizer, "critic": self.policy.value_optimizer}
@@ -215,13 +215,13 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
         if entropy is not None:
             evaluation.backward(entropy=entropy)
             bonus = actor.gradient()
-        goes_on = ~np.asarray(self._last_episode_starts)
+        not_done = ~np.asarray(self._last_episode_starts)
         for i in range(self.n_envs):
-            own = step.of(i)
-            one = 0 * own.targets + 1
-            self._learner.evaluate(own.observations, own.actions).backward(log_prob=one, values=one)
-            actor.follow(i, self._decays["actor"] * goes_on[i], self._weights[i])
-            critic.follow(i, self._decays["critic"] * goes_on[i])
+            sample = step.of(i)
+            one = 0 * sample.targets + 1
+            self._learner.evaluate(sample.observations, sample.actions).backward(log_prob=one, values=one)
+            actor.follow(i, self._decays["actor"] * not_done[i], self._weights[i])
+            critic.follow(i, self._decays["critic"] * not_done[i])
         actor.apply(th.as_tensor(-advantages / self.n_envs), bonus)
         critic.apply(th.as_tensor((evaluation.values - step.targets) / self.n_envs))
 

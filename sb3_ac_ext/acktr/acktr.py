@@ -159,8 +159,8 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
         self.policy.value_optimizer = KFAC(networks["value"], rate, **{**options, "max_kl": value_max_kl})
 
     def _optimizers(self) -> dict[str, th.optim.Optimizer]:
-        own = {"policy": self.policy.optimizer}
-        return {**own, "value": self.policy.value_optimizer} if hasattr(self.policy, "value_optimizer") else own
+        optimizers: dict[str, th.optim.Optimizer] = {"policy": self.policy.optimizer}
+        return {**optimizers, "value": self.policy.value_optimizer} if hasattr(self.policy, "value_optimizer") else optimizers
 
     def train(self) -> None:
         """
@@ -277,11 +277,11 @@ def separate_networks(policy: MlpPolicy) -> dict[str, dict[str, nn.Module]] | No
     """
     if not isinstance(policy.mlp_extractor, MlpExtractor):
         return None
-    own, others = (
+    policy_ids, value_ids = (
         {id(p) for p in parameters if p.requires_grad}
         for parameters in (policy.policy_parameters(), policy.value_parameters())
     )
-    if own & others:
+    if policy_ids & value_ids:
         return None
     layers = policy.mlp_extractor
     return {

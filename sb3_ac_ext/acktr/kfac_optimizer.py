@@ -82,8 +82,8 @@ class KFAC(th.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: PyTorch's own leaves out what a subclass adds. Nothing of a forward pass goes along."""
-        own = {name: getattr(self, name) for name in (*OPTIONS, "blocks")}
-        return {**super().__getstate__(), **own, "measures": {}, "_recorded": {}}
+        options = {name: getattr(self, name) for name in (*OPTIONS, "blocks")}
+        return {**super().__getstate__(), **options, "measures": {}, "_recorded": {}}
 
     @contextmanager
     def recording(self) -> Iterator[None]:

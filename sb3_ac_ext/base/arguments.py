@@ -67,7 +67,7 @@ def check_policy_class(model: Any, needed: type[BasePolicy]) -> None:
     :param needed: the policy class that has what its updates need
     :raises TypeError: if the policy is not derived from it
     """
-    given = model._own_policy_class(model.policy_class)
+    given = model._translated_policy_class(model.policy_class)
     if not issubclass(given, needed):
         raise TypeError(f"policy must be derived from {needed.__module__}.{needed.__qualname__}, got {given}")
 

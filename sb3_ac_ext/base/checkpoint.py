@@ -126,7 +126,7 @@ class CheckpointMixin(BaseAlgorithm):
 
     Random states are saved always and restored only where training goes on: at the first update, or at
     ``learn(reset_num_timesteps=False)``. Loading to predict disturbs nobody's random stream, and a seed given to `load`
-    starts a stream of its own.
+    starts a new stream.
     """
 
     sb3_class: ClassVar[type[BaseAlgorithm]]
@@ -137,11 +137,11 @@ class CheckpointMixin(BaseAlgorithm):
     """States of a loaded checkpoint that training has not taken up yet."""
 
     def _setup_model(self) -> None:
-        self.policy_class = self._own_policy_class(self.policy_class)
+        self.policy_class = self._translated_policy_class(self.policy_class)
         super()._setup_model()  # type: ignore[safe-super]
 
     @classmethod
-    def _own_policy_class(cls, policy_class: type[BasePolicy]) -> type[BasePolicy]:
+    def _translated_policy_class(cls, policy_class: type[BasePolicy]) -> type[BasePolicy]:
         ours = {theirs: cls.policy_aliases[alias] for alias, theirs in cls.sb3_class.policy_aliases.items()}
         return ours.get(policy_class, policy_class)
 
@@ -176,25 +176,25 @@ class CheckpointMixin(BaseAlgorithm):
         parameters = load_path_or_dict
         if not isinstance(parameters, dict):
             _, parameters, _ = load_from_zip_file(parameters, device=device, load_data=False)
-        super().set_parameters(self._own_parameters(parameters), exact_match, device)
+        super().set_parameters(self._translated_parameters(parameters), exact_match, device)
 
-    def _own_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
+    def _translated_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """
         :param parameters: of this class or of `sb3_class`, by the names of their attributes; not changed
         :return: the same by our names
         """
-        own = dict(parameters)
-        for joint in self.joint_optimizers.keys() & own.keys():
+        translated = dict(parameters)
+        for joint in self.joint_optimizers.keys() & translated.keys():
             optimizers = {name: recursive_getattr(self, name, None) for name in self.joint_optimizers[joint]}
             parts = {name: [*map(id, parameters_of(part))] for name, part in optimizers.items() if part is not None}
-            if parts.keys() <= own.keys():
+            if parts.keys() <= translated.keys():
                 continue
             everything = {key for part in parts.values() for key in part}
             owner: nn.Module = recursive_getattr(self, joint.rpartition(".")[0])
             order = [id(parameter) for parameter in owner.parameters() if id(parameter) in everything]
             shares = [[order.index(key) for key in part] for part in parts.values()]
-            own.update(zip(parts, split_optimizer_state(own.pop(joint), shares), strict=True))
-        return own
+            translated.update(zip(parts, split_optimizer_state(translated.pop(joint), shares), strict=True))
+        return translated
 
     def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """
@@ -218,14 +218,14 @@ class CheckpointMixin(BaseAlgorithm):
     @classmethod
     def load(cls, path: Any, *args: Any, **kwargs: Any) -> Self:
         """
-        Load a zip of this class or of SB3's own (see ``BaseAlgorithm.load`` for the arguments).
+        Load a zip of this class or of the SB3 class (see ``BaseAlgorithm.load`` for the arguments).
 
         :param kwargs: arguments of the constructor to change
         :return: the model
         :raises TypeError: if a keyword is no argument of the constructor
         """
-        own = {"env", "device", "custom_objects", "print_system_info", "force_reset"}
-        check_keys(f"{cls.__name__}.load()", kwargs, (constructor_keys(cls) | own) - {"policy"})
+        load_arguments = {"env", "device", "custom_objects", "print_system_info", "force_reset"}
+        check_keys(f"{cls.__name__}.load()", kwargs, (constructor_keys(cls) | load_arguments) - {"policy"})
         if "stats_window_size" in kwargs:
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
         model = super().load(path, *args, **kwargs)

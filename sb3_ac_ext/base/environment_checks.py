@@ -1,4 +1,4 @@
-"""Whether what environments gave is finite, and which of them is to blame where it is not."""
+"""Whether what environments gave is finite, and which of them it was where it is not."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,14 +35,14 @@ def check_rollout(algorithm: OnPolicyAlgorithm, buffer: RolloutBuffer) -> None:
     :param buffer: that was filled
     :raises NonFiniteError: if an observation or reward is not finite
     """
-    everyone = np.arange(algorithm.n_envs)
-    check_finite("observation", buffer.observations, everyone, env_axis=1)
-    check_finite("reward", buffer.rewards, everyone, env_axis=1)
-    check_finite("observation", algorithm._last_obs, everyone)
+    all_envs = np.arange(algorithm.n_envs)
+    check_finite("observation", buffer.observations, all_envs, env_axis=1)
+    check_finite("reward", buffer.rewards, all_envs, env_axis=1)
+    check_finite("observation", algorithm._last_obs, all_envs)
 
 
 @contextmanager
-def naming_culprits(algorithm: OnPolicyAlgorithm, buffer: RolloutBuffer) -> Iterator[None]:
+def locate_non_finite(algorithm: OnPolicyAlgorithm, buffer: RolloutBuffer) -> Iterator[None]:
     """
     Say which environment gave NaN where the policy would only complain of its own numbers.
 
@@ -54,7 +54,7 @@ def naming_culprits(algorithm: OnPolicyAlgorithm, buffer: RolloutBuffer) -> Iter
     except NonFiniteError:
         raise
     except Exception as error:  # whatever it is that the policy's NaN led to
-        everyone = np.arange(algorithm.n_envs)
-        check_finite("reward", buffer.rewards, everyone, env_axis=1, cause=error)
-        check_finite("observation", algorithm._last_obs, everyone, cause=error)
+        all_envs = np.arange(algorithm.n_envs)
+        check_finite("reward", buffer.rewards, all_envs, env_axis=1, cause=error)
+        check_finite("observation", algorithm._last_obs, all_envs, cause=error)
         raise

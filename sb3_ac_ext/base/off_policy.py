@@ -21,7 +21,7 @@ from sb3_ac_ext.base.typing import constructor_keys
 from sb3_ac_ext.buffers import replay
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.legacy.acting import ActingMixin
-from sb3_ac_ext.legacy.participants import leaves_alone
+from sb3_ac_ext.legacy.participants import is_passive
 from sb3_ac_ext.validation import check_keys, translated_assertions
 
 AUTOMATIC_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
@@ -227,7 +227,7 @@ class OffPolicyMixin(ActingMixin, CheckpointMixin, OffPolicyAlgorithm):
         :param tb_log_name: name of the TensorBoard run, the class name by default
         """
         name = type(self).__name__ if tb_log_name is None else tb_log_name
-        self._capture.settled, self._alone = False, leaves_alone(callback)
+        self._capture.settled, self._alone = False, is_passive(callback)
         try:
             return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
         finally:

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ac_ext.base.arguments import check_on_policy_arguments, warn_of_endless_episodes
 from sb3_ac_ext.base.checkpoint import CheckpointMixin
-from sb3_ac_ext.base.environment_checks import check_finite, check_rollout, naming_culprits
+from sb3_ac_ext.base.environment_checks import check_finite, check_rollout, locate_non_finite
 from sb3_ac_ext.base.typing import constructor_keys
 from sb3_ac_ext.buffers.rollouts import Samples, fill_estimates, flattened
 from sb3_ac_ext.functional.arrays import namespace
@@ -123,12 +123,12 @@ class OnPolicyMixin(ActingMixin, CheckpointMixin, OnPolicyAlgorithm):
         :raises NonFiniteError: if an environment gave NaN or infinite numbers
         """
         ordinary = self._choose_actor() is None or type(rollout_buffer) is not RolloutBuffer
-        with naming_culprits(self, rollout_buffer):
+        with locate_non_finite(self, rollout_buffer):
             if ordinary and self.rollout == "steps":
                 self._rollout_length, self._kept = n_rollout_steps, None
-                goes_on = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+                continue_training = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
                 check_rollout(self, rollout_buffer)
-                return goes_on
+                return continue_training
             return self._collect(env, callback, rollout_buffer, n_rollout_steps)
 
     def _collect(self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> bool:

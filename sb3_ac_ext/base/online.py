@@ -7,7 +7,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ac_ext.base.environment_checks import check_rollout, naming_culprits
+from sb3_ac_ext.base.environment_checks import check_rollout, locate_non_finite
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
 from sb3_ac_ext.legacy.actor_critic import TorchActorCritic
 from sb3_ac_ext.validation import NonFiniteError
@@ -40,8 +40,8 @@ class OnlineMixin(OnPolicyMixin):
         length = min(n_rollout_steps, left) if left > 0 else n_rollout_steps
         self._begin_updates()
         try:
-            with naming_culprits(self, rollout_buffer):
-                goes_on = self._interact(env, callback, rollout_buffer, length)
+            with locate_non_finite(self, rollout_buffer):
+                continue_training = self._interact(env, callback, rollout_buffer, length)
         except NonFiniteError:
             raise
         except Exception:
@@ -49,7 +49,7 @@ class OnlineMixin(OnPolicyMixin):
             raise
         check_rollout(self, rollout_buffer)
         self._end_updates()
-        return goes_on
+        return continue_training
 
     def train(self) -> None:
         """Nothing: what a step teaches was learned when it was taken."""
@@ -63,7 +63,7 @@ class OnlineMixin(OnPolicyMixin):
         for n_steps in range(n_rollout_steps):
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
-            if self._actor_critic() is not self._learner:  # somebody has changed the policy
+            if self._actor_critic() is not self._learner:  # a callback has changed the policy
                 self._begin_updates()
             actions = self._act(self._last_obs) if next_actions is None else next_actions
             clipped_actions = self._within_bounds(actions)

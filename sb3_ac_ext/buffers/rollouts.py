@@ -60,7 +60,7 @@ def flattened(buffer: RolloutBuffer, length: int, kept: np.ndarray | None, actor
     def flat(array: Any) -> Any:
         if isinstance(array, dict):
             return {name: flat(value) for name, value in array.items()}
-        if not buffer.generator_ready:  # else somebody has called get(), which does the same to the arrays
+        if not buffer.generator_ready:  # else get() was called, which does the same to the arrays
             array = BaseBuffer.swap_and_flatten(array[:length])
         return actor_critic.array(array[rows])
 

@@ -108,7 +108,7 @@ class PerturbedActors:
             for i, start in enumerate(starts):
                 if start or i not in self._parameters:
                     self._parameters[i] = perturbed_parameters(actor, std)
-                own: Any = slice(i, i + 1)
-                one = {k: v[own] for k, v in observations.items()} if isinstance(observations, dict) else observations[own]
+                row: Any = slice(i, i + 1)
+                one = {k: v[row] for k, v in observations.items()} if isinstance(observations, dict) else observations[row]
                 actions.append(functional_call(actor, self._parameters[i], one))
         return th.cat(actions).cpu().numpy()

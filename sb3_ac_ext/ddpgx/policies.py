@@ -83,8 +83,8 @@ class MlpPolicy(DeterministicPolicy):
                 nn.init.uniform_(parameter, -self.final_layer_init, self.final_layer_init)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("action_layer", "batch_norm", "final_layer_init")}
-        return {**super()._get_constructor_parameters(), **own}
+        options = {name: getattr(self, name) for name in ("action_layer", "batch_norm", "final_layer_init")}
+        return {**super()._get_constructor_parameters(), **options}
 
 
 class CnnPolicy(ForImages, MlpPolicy):

@@ -121,8 +121,8 @@ class JointEnv(gym.Env[np.ndarray, np.ndarray]):
         return self._join(observations, acting), float(vector.sum()), *ends, info
 
     def _join(self, observations: Mapping[Any, Any], agents: Iterable[Any]) -> np.ndarray:
-        own = {str(agent): self._of("observation", observations, agent) for agent in agents}
-        joint: np.ndarray = self.observation_space.join(own)  # type: ignore[attr-defined]
+        values = {str(agent): self._of("observation", observations, agent) for agent in agents}
+        joint: np.ndarray = self.observation_space.join(values)  # type: ignore[attr-defined]
         return joint
 
     def _of(self, what: str, values: Mapping[Any, Any], agent: Any) -> Any:

@@ -76,12 +76,12 @@ class JointBox(spaces.Box):
         """
         values: dict[str, Any] = {}
         for name, part in self.parts.items():
-            own = joint[..., self.columns[name]]
+            entries = joint[..., self.columns[name]]
             if isinstance(part, spaces.Discrete):
-                values[name] = part.start + own.argmax(axis=-1)
+                values[name] = part.start + entries.argmax(axis=-1)
             else:
                 assert isinstance(part, spaces.Box)
-                shaped = own.reshape(*joint.shape[:-1], *part.shape).astype(part.dtype)
+                shaped = entries.reshape(*joint.shape[:-1], *part.shape).astype(part.dtype)
                 values[name] = shaped.clip(part.low, part.high)
         return values
 

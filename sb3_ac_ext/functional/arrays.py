@@ -15,5 +15,5 @@ def namespace(array: Any) -> Any:
     :param array: a tensor, or an array of a library that follows the standard (numpy from 2.0)
     :return: ``torch``, or the array's own module
     """
-    own = getattr(array, "__array_namespace__", None)
-    return th if own is None else own()
+    get_namespace = getattr(array, "__array_namespace__", None)
+    return th if get_namespace is None else get_namespace()

@@ -3,18 +3,18 @@
 import torch as th
 
 
-def unilateral(own: th.Tensor, actions: th.Tensor, others: th.Tensor) -> th.Tensor:
+def replace_agent_action(mask: th.Tensor, actions: th.Tensor, others: th.Tensor) -> th.Tensor:
     """
-    For each agent the joint action in which it alone acts by ``actions``, and everybody else as they did.
+    For each agent the joint action in which it alone acts by ``actions``, and the others as they did.
 
     Agent i's gradient reaches its own columns of ``actions`` and no other (Lowe et al. 2017, arXiv:1706.02275, eq. 6).
 
-    :param own: ``(N, 1, A)`` whether a column of the joint action is the agent's
+    :param mask: ``(N, 1, A)`` whether a column of the joint action is the agent's
     :param actions: ``(B, A)`` joint action of the present policies, with gradient
     :param others: ``(B, A)`` joint action of the replay buffer
     :return: ``(N, B, A)``
     """
-    return th.where(own, actions, others)
+    return th.where(mask, actions, others)
 
 
 def active_mean(values: th.Tensor, active: th.Tensor) -> th.Tensor:

@@ -62,12 +62,12 @@ def conjugate_gradient(
     for _ in range(max_iter):
         moved = product(direction)
         curvature = direction.dot(moved)
-        goes_on = (error > residual_tol) & (curvature > 0) & th.isfinite(curvature)
+        running = (error > residual_tol) & (curvature > 0) & th.isfinite(curvature)
         step = error / curvature
-        x = th.where(goes_on, x + step * direction, x)
-        residual = th.where(goes_on, residual - step * moved, residual)
+        x = th.where(running, x + step * direction, x)
+        residual = th.where(running, residual - step * moved, residual)
         previous, error = error, residual.dot(residual)
-        direction = th.where(goes_on, residual + error / previous * direction, 0)  # 0: stopped for good
+        direction = th.where(running, residual + error / previous * direction, 0)  # 0: stopped for good
     return x, b - residual
 
 

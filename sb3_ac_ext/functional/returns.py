@@ -19,8 +19,8 @@ def reverse_scan(delta: Array, decay: Array) -> Array:
     """
     total = 0 * delta[0]
     rows = []
-    for own, kept in zip(reversed(list(delta)), reversed(list(decay)), strict=True):
-        total = own + kept * total
+    for term, factor in zip(reversed(list(delta)), reversed(list(decay)), strict=True):
+        total = term + factor * total
         rows.append(total)
     return namespace(delta).stack(rows[::-1])
 
@@ -58,10 +58,10 @@ def monte_carlo_returns(reward: Array, next_value: Array, terminated: Array, tru
     :param gamma: discount factor, in [0, 1]
     :return: ``(T, N)`` returns, in reward units
     """
-    goes_on = _goes_on(terminated, truncated)
-    cut = 1 - goes_on
+    not_done = _not_done(terminated, truncated)
+    cut = 1 - not_done
     cut[-1] = 1
-    return reverse_scan(reward + gamma * cut * (1 - terminated) * next_value, gamma * goes_on)
+    return reverse_scan(reward + gamma * cut * (1 - terminated) * next_value, gamma * not_done)
 
 
 def n_step_returns(reward: Array, next_value: Array, terminated: Array, truncated: Array, gamma: float, n: int) -> Array:
@@ -80,13 +80,13 @@ def n_step_returns(reward: Array, next_value: Array, terminated: Array, truncate
     :param n: number of rewards, >= 1
     :return: ``(T, N)`` returns, in reward units
     """
-    xp, goes_on = namespace(reward), _goes_on(terminated, truncated)
-    goes_on[-1] = 0
+    xp, not_done = namespace(reward), _not_done(terminated, truncated)
+    not_done[-1] = 0
     one_step = reward + gamma * (1 - terminated) * next_value
     returns = one_step
     for _ in range(n - 1):
         following = xp.concatenate([returns[1:], returns[-1:]])
-        returns = xp.where(goes_on > 0, reward + gamma * following, one_step)
+        returns = xp.where(not_done > 0, reward + gamma * following, one_step)
     return returns
 
 
@@ -116,9 +116,9 @@ def gae(
     :return: ``(T, N)`` advantages, in reward units
     """
     delta = reward + gamma * (1 - terminated) * next_value - value
-    return reverse_scan(delta, gamma * gae_lambda * _goes_on(terminated, truncated))
+    return reverse_scan(delta, gamma * gae_lambda * _not_done(terminated, truncated))
 
 
-def _goes_on(terminated: Array, truncated: Array) -> Array:
+def _not_done(terminated: Array, truncated: Array) -> Array:
     """``(T, N)`` 1 where the episode goes on behind the step."""
     return (1 - terminated) * (1 - truncated)

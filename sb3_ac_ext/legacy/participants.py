@@ -29,20 +29,20 @@ def parameters_in(modules: Iterable[th.nn.Module]) -> list[Any]:
     return [parameter for module in modules for parameter in module._parameters.values()]
 
 
-def leaves_alone(callback: Any) -> bool:
+def is_passive(callback: Any) -> bool:
     """
     :param callback: what ``learn`` is given as its callback, or something that a callback holds
     :return: whether it surely changes no layer, parameter, optimizer or argument of the model while it learns: of SB3's and
         the Zoo's callbacks those that call no others, and no functions
     """
     if isinstance(callback, list):
-        return all(map(leaves_alone, callback))
+        return all(map(is_passive, callback))
     if not isinstance(callback, BaseCallback):
         return not callable(callback)
     kind = type(callback)
     if kind.__module__.partition(".")[0] not in CONSIDERATE or kind.__name__ == "ParallelTrainCallback":
         return False
-    return all(leaves_alone(held) for name, held in vars(callback).items() if name != "parent")
+    return all(is_passive(held) for name, held in vars(callback).items() if name != "parent")
 
 
 class Participants:

@@ -57,10 +57,10 @@ def evaluate(
     if isinstance(inputs, th.Tensor):
         outputs = side_by_side(every, inputs)
     else:
-        own = [inputs[group[0]] if len(group) == 1 else th.cat([inputs[agent] for agent in group]) for group in groups]
-        own *= len(networks)
-        alike = len({x.shape for x in own}) == 1
-        outputs = side_by_side(every, th.stack(own)) if alike else tuple(mlp(x) for mlp, x in zip(every, own, strict=True))
+        rows = [inputs[group[0]] if len(group) == 1 else th.cat([inputs[agent] for agent in group]) for group in groups]
+        rows *= len(networks)
+        alike = len({x.shape for x in rows}) == 1
+        outputs = side_by_side(every, th.stack(rows)) if alike else tuple(mlp(x) for mlp, x in zip(every, rows, strict=True))
     size = len(groups)
     return [_by_agent(outputs[start : start + size], groups) for start in range(0, len(outputs), size)]
 

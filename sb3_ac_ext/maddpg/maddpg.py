@@ -35,7 +35,7 @@ from sb3_ac_ext.base.typing import OffPolicyKwargs
 from sb3_ac_ext.envs.joint import JointEnv, is_multi_agent
 from sb3_ac_ext.envs.joint_spaces import ALONE, JointBox
 from sb3_ac_ext.functional.losses import smoothed_action, td_target
-from sb3_ac_ext.functional.multi_agent import active_mean, unilateral
+from sb3_ac_ext.functional.multi_agent import active_mean, replace_agent_action
 from sb3_ac_ext.legacy.descent import Descent
 from sb3_ac_ext.legacy.flat_tensor import bind
 from sb3_ac_ext.maddpg import numpy_actor
@@ -227,10 +227,10 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
 
     def _actor_loss(self, batch: JointTransitions) -> th.Tensor:
         outputs = self.actor.outputs(batch.observations)  # (B, A)
-        actions = unilateral(self.actor.own, self.actor.act(outputs), batch.actions)  # (N, B, A)
+        actions = replace_agent_action(self.actor.action_masks, self.actor.act(outputs), batch.actions)  # (N, B, A)
         loss = -active_mean(self.critic.q1_forward(batch.observations, actions), batch.active).sum()
         if self.logit_penalty:
-            squares = th.stack([own.square().mean(dim=1) for own in self.actor.by_agent(outputs)], dim=1)  # (B, N)
+            squares = th.stack([part.square().mean(dim=1) for part in self.actor.by_agent(outputs)], dim=1)  # (B, N)
             loss = loss + self.logit_penalty * active_mean(squares, batch.active).sum()
         return loss
 

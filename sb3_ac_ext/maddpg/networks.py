@@ -37,8 +37,8 @@ def heads(layout: Layout) -> list[Head]:
     """
     found = []
     for choices, neighbours in groupby(range(len(layout)), key=lambda agent: layout.choices[agent]):
-        own = list(neighbours)
-        found.append(Head(slice(layout.actions[own[0]].start, layout.actions[own[-1]].stop), len(own), choices))
+        agents = list(neighbours)
+        found.append(Head(slice(layout.actions[agents[0]].start, layout.actions[agents[-1]].stop), len(agents), choices))
     return found
 
 
@@ -84,7 +84,7 @@ class JointModel(BaseModel):
 
     def network_parameters(self) -> list[list[nn.Parameter]]:
         """The parameters of each group, which no other group has."""
-        return [[parameter for mlp in own for parameter in mlp.parameters()] for own in self.networks()]
+        return [[parameter for mlp in mlps for parameter in mlp.parameters()] for mlps in self.networks()]
 
 
 class JointActor(JointModel):
@@ -96,7 +96,7 @@ class JointActor(JointModel):
     :param kwargs: `JointModel`'s
     """
 
-    own: th.Tensor
+    action_masks: th.Tensor
     """``(N, 1, A)`` whether a column of the joint action is the agent's."""
     continuous: th.Tensor
     """``(A,)`` 1 where a column is a Box action's, 0 where it is of a one-hot."""
@@ -106,8 +106,8 @@ class JointActor(JointModel):
         self.temperature = temperature
         self.heads = heads(self.layout)
         columns = th.arange(self.layout.action_dim)
-        own = [(columns >= part.start) & (columns < part.stop) for part in self.layout.actions]
-        self.register_buffer("own", th.stack(own).unsqueeze(1), persistent=False)
+        masks = [(columns >= part.start) & (columns < part.stop) for part in self.layout.actions]
+        self.register_buffer("action_masks", th.stack(masks).unsqueeze(1), persistent=False)
         box = [th.full((size(part),), float(n == 0)) for part, n in zip(self.layout.actions, self.layout.choices, strict=True)]
         self.register_buffer("continuous", th.cat(box), persistent=False)
         self.mu = nn.ModuleList(self._network(group[0]) for group in self.groups)
@@ -133,7 +133,7 @@ class JointActor(JointModel):
         :return: ``(B, A)`` what `act` makes actions of: each agent's depends on its own observation only
         """
         features = self.extract_features(obs, self.features_extractor)
-        mlps = [mlp for own in self.networks() for mlp in own]
+        mlps = [mlp for shared in self.networks() for mlp in shared]
         (found,) = evaluate([mlps], self.groups, [features[:, columns] for columns in self.layout.observations])
         return th.cat(found, dim=1)
 
@@ -204,7 +204,7 @@ class JointCritic(JointModel):
 
     def networks(self) -> list[list[FusedMLP]]:
         """See `JointModel.networks`."""
-        return [list(own) for own in zip(*(getattr(self, name) for name in self.streams), strict=True)]
+        return [list(streams) for streams in zip(*(getattr(self, name) for name in self.streams), strict=True)]
 
     def _inputs(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor | list[th.Tensor]:
         features = self.extract_features(obs, self.features_extractor)
@@ -213,12 +213,12 @@ class JointCritic(JointModel):
         joint = th.cat([features, actions], dim=-1)  # (B, D) or (N, B, D)
         if self.sees_all_in_order:
             return joint
-        own = joint.unbind() if joint.dim() == 3 else [joint] * len(self.layout)  # not one by one: gradients join once
-        return [part.index_select(1, getattr(self, f"view{i}")) for i, part in enumerate(own)]
+        joints = joint.unbind() if joint.dim() == 3 else [joint] * len(self.layout)  # not one by one: gradients join once
+        return [part.index_select(1, getattr(self, f"view{i}")) for i, part in enumerate(joints)]
 
     def _values(self, streams: list[str], obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         networks = [list(getattr(self, name)) for name in streams]
-        return tuple(th.cat(own, dim=1) for own in evaluate(networks, self.groups, self._inputs(obs, actions)))
+        return tuple(th.cat(values, dim=1) for values in evaluate(networks, self.groups, self._inputs(obs, actions)))
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """

@@ -16,7 +16,7 @@ from sb3_ac_ext.maddpg.networks import JointActor
 from sb3_ac_ext.maddpg.policies import MlpPolicy
 
 REPLACEABLE = METHODS | {"outputs", "act"}
-"""What somebody may have replaced on an instance."""
+"""What may have been replaced on an instance."""
 
 
 def obstacle(policy: Any) -> str | None:
@@ -59,7 +59,7 @@ class JointNumpyActor:
         self._mlps = list(actor.mu)
         layers = [NumpyLayers(mlp) for (mlp,) in actor.networks()]
         self._layers = layers
-        of_agents = {agent: own for own, group in zip(layers, actor.groups, strict=True) for agent in group}
+        of_agents = {agent: network for network, group in zip(layers, actor.groups, strict=True) for agent in group}
         self._agents = [(columns, of_agents[agent]) for agent, columns in enumerate(actor.layout.observations)]
         space: Any = policy.action_space
         self._shape: tuple[int, ...] = policy.observation_space.shape or ()

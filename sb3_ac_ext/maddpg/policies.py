@@ -97,5 +97,5 @@ class MlpPolicy(TD3Policy):
         return Agent(name, observation_space, action_space, self.actor.net_arch, self.actor.activation_fn, network)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        own = ("parameter_sharing", "centralised", "gumbel_temperature")
-        return {**super()._get_constructor_parameters(), **{name: getattr(self, name) for name in own}}
+        names = ("parameter_sharing", "centralised", "gumbel_temperature")
+        return {**super()._get_constructor_parameters(), **{name: getattr(self, name) for name in names}}

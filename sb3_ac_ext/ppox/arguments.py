@@ -83,7 +83,7 @@ def _check_combinations(model: Any) -> None:
     if model.target_kl is not None and model.kl_stop is not None:
         raise ValueError(f"target_kl and kl_stop exclude each other, got {model.target_kl} and {model.kl_stop}")
     if model.separate_phases:
-        if not issubclass(model._own_policy_class(model.policy_class), MlpPolicy):
+        if not issubclass(model._translated_policy_class(model.policy_class), MlpPolicy):
             raise TypeError(f"separate_phases=True needs a policy derived from {MlpPolicy}, got {model.policy_class}")
         return
     for name in SEPARATE_ONLY:

@@ -189,8 +189,8 @@ class PPOX(OnPolicyMixin, PPO):
             self.policy.separate_optimizers(self.lr_schedule(1), "separate_phases=True")
 
     def _optimizers(self) -> dict[str, th.optim.Optimizer]:
-        own = {"policy": self.policy.optimizer}
-        return {**own, "value": self.policy.value_optimizer} if self.separate_phases else own
+        optimizers: dict[str, th.optim.Optimizer] = {"policy": self.policy.optimizer}
+        return {**optimizers, "value": self.policy.value_optimizer} if self.separate_phases else optimizers
 
     @np.errstate(over="ignore", invalid="ignore")  # silent as PyTorch; `_end_updates` says what became of it
     def train(self) -> None:
@@ -215,16 +215,16 @@ class PPOX(OnPolicyMixin, PPO):
         :param parts: what is trained: policy, value or both
         :return: whether all epochs were done
         """
-        own = "" if parts == PARTS else f"{next(iter(parts))}_"
-        epochs = getattr(self, f"{own}epochs", None) or self.n_epochs
-        ratio = getattr(self, f"{own}sample_ratio", None)
+        prefix = "" if parts == PARTS else f"{next(iter(parts))}_"
+        epochs = getattr(self, f"{prefix}epochs", None) or self.n_epochs
+        ratio = getattr(self, f"{prefix}sample_ratio", None)
         for epoch in range(1, epochs + 1):
             if "policy" in parts:
                 self._kls.clear()  # the log has the last epoch's, as with SB3
             within = all(self._update(batch, parts) for batch in self._batches(samples, ratio))
             within = within and self._within_bounds_after_epoch(samples, parts)
             self._n_updates += 1
-            self.logger.record(f"train/{own}epochs", epoch)
+            self.logger.record(f"train/{prefix}epochs", epoch)
             if not within:
                 return False
         return True
@@ -326,10 +326,10 @@ class PPOX(OnPolicyMixin, PPO):
             self.logger.record("train/approx_kl", float(sum(self._kls) / len(self._kls)))
         super()._end_updates()
 
-    def _own_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
+    def _translated_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
         if "policy.value_optimizer" in parameters and not self.separate_phases:
             raise ValueError("separate_phases must stay True for a model with two optimizers, got False")
-        return super()._own_parameters(parameters)
+        return super()._translated_parameters(parameters)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()

@@ -16,7 +16,7 @@ def check_sacx_arguments(model: Any) -> None:
     :raises TypeError: if an argument has the wrong type
     :raises ValueError: if one is out of range or contradicts another
     """
-    if not issubclass(model._own_policy_class(model.policy_class), MlpPolicy):
+    if not issubclass(model._translated_policy_class(model.policy_class), MlpPolicy):
         raise TypeError(f"policy must be derived from {MlpPolicy.__module__}.MlpPolicy, got {model.policy_class}")
     automatic, _ = parse_ent_coef(model.ent_coef)
     model.target_entropy = parse_target_entropy(model.target_entropy, model.action_space)  # as SB3 does

@@ -307,11 +307,11 @@ class SACX(OffPolicyMixin, SAC):
         optimizers = [names.get(name, f"policy.{name}_optimizer") for name in self._optimizers()]
         return ["policy", *optimizers], [] if self.ent_coef_optimizer is None else ["log_ent_coef"]
 
-    def _own_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
+    def _translated_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """Alpha's optimizer goes or starts afresh where a file is loaded with another ``ent_coef``."""
-        own = super()._own_parameters(parameters)
+        translated = super()._translated_parameters(parameters)
         if self.ent_coef_optimizer is None:
-            own.pop("ent_coef_optimizer", None)
+            translated.pop("ent_coef_optimizer", None)
         else:
-            own.setdefault("ent_coef_optimizer", self.ent_coef_optimizer.state_dict())
-        return own
+            translated.setdefault("ent_coef_optimizer", self.ent_coef_optimizer.state_dict())
+        return translated
