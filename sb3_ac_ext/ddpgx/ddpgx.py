@@ -9,26 +9,26 @@ DDPG (Lillicrap et al. 2016, "Continuous control with deep reinforcement learnin
         targets: theta_target <- tau theta + (1 - tau) theta_target
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import torch as th
 from stable_baselines3 import DDPG
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import polyak_update
-from stable_baselines3.td3.policies import Actor, TD3Policy
-from torch.nn import functional as F
+from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
 from sb3_ac_ext.base.typing import OffPolicyKwargs
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.ddpgx.parameter_noise import ParameterNoise, PerturbedActors, action_distance
 from sb3_ac_ext.ddpgx.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
-from sb3_ac_ext.functional.losses import td_target
-from sb3_ac_ext.legacy import numpy_actor
-from sb3_ac_ext.networks.critics import SingleStreamCritic
+from sb3_ac_ext.engine import Network
+from sb3_ac_ext.functional.losses import squared_error, td_errors, td_target
 from sb3_ac_ext.validation import check_number
 
 
@@ -39,17 +39,19 @@ class DDPGX(OffPolicyMixin, DDPG):
     Differences from the paper: SB3's defaults (Adam 1e-3 for both networks, batch 256, tau 0.005, no noise; the paper's
     are in ``zoo_configs/ddpgx_paper.yml``); with batch normalisation the critic runs on its running statistics everywhere,
     which its own loss updates first; truncated episodes bootstrap at their last observation. Differences from SB3's DDPG
-    with the extras at their defaults: none in the updates; no smoothing noise of size 0 is drawn for the target.
+    with the extras at their defaults: none in the updates; no smoothing noise of size 0 is drawn for the target; the replay
+    buffer is allocated at its first use.
 
     Ornstein-Uhlenbeck noise is ``exploration_noise={"type": "ornstein-uhlenbeck", "start": 0.2, "dt": 1.0}``, see
     `sb3_ac_ext.base.noise.NoiseSchedule` for what ``dt`` means: 1 is one unit of time a step, as programs that follow
     the paper have it, 0.01 (the default, and SB3's) the same process a hundred times more slowly.
 
-    Logged: ``train/q``, mean Q(s, a) of the critic's batches; ``train/action_gradient``, mean ``|dQ/da|`` over the
-    components of the actor's actions (reward units per half of the action's range); ``train/exploration_share``, mean
-    ``|a - mu(s)| / 2`` over the components of the actions since the last log, the share of the action's range that noise
-    has moved them by (not while actions are drawn uniformly); ``train/parameter_noise_std`` and
-    ``train/parameter_noise_distance``, sigma and d of `sb3_ac_ext.ddpgx.parameter_noise.ParameterNoise`.
+    Logged: ``train/q``, mean Q(s, a) of the critic's batches (``q_a``, ``q_b``, ... of several critics);
+    ``train/action_gradient``, mean ``|dQ/da|`` over the components of the actor's actions (reward units per half of the
+    action's range); ``train/exploration_share``, mean ``|a - mu(s)| / 2`` over the components of the actions since the last
+    log, the share of the action's range that noise has moved them by (not while actions are drawn uniformly);
+    ``train/parameter_noise_std`` and ``train/parameter_noise_distance``, sigma and d of
+    `sb3_ac_ext.ddpgx.parameter_noise.ParameterNoise`.
 
     :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class
     :param env: environment or its id, with a Box action space of finite bounds
@@ -59,7 +61,7 @@ class DDPGX(OffPolicyMixin, DDPG):
     :param critic_weight_decay: L2 decay of the critic's weights (not its biases), as Adam's ``weight_decay``, >= 0
     :param parameter_noise: noise on the actor's parameters, a perturbed actor for each environment, drawn at the start of
         its episodes; action noise comes on top. See `sb3_ac_ext.ddpgx.parameter_noise.ParameterNoise`
-    :param kwargs: `OffPolicyKwargs`
+    :param kwargs: `OffPolicyKwargs`; the other arguments are SB3's
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for spaces that DDPG cannot take
@@ -72,8 +74,6 @@ class DDPGX(OffPolicyMixin, DDPG):
         "MultiInputPolicy": MultiInputPolicy,
     }
     policy: MlpPolicy
-    critic: SingleStreamCritic  # type: ignore[assignment]
-    critic_target: SingleStreamCritic  # type: ignore[assignment]
     _parameter_noise: ParameterNoise | None
     _parameter_noise_std: float | None = None
     """Sigma as it has been adapted, saved with the model."""
@@ -84,17 +84,42 @@ class DDPGX(OffPolicyMixin, DDPG):
         policy: str | type[TD3Policy],
         env: GymEnv | str,
         learning_rate: float | str | Schedule = 1e-3,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
         *,
         actor_learning_rate: float | str | Schedule | None = None,
         critic_learning_rate: float | str | Schedule | None = None,
         critic_weight_decay: float = 0.0,
         parameter_noise: dict[str, Any] | None = None,
-        _init_setup_model: bool = True,
         **kwargs: Unpack[OffPolicyKwargs],
     ) -> None:
         stats_window_size = kwargs.pop("stats_window_size", 100)  # SB3's DDPG has no such argument
-        kwargs["policy_kwargs"] = {**(kwargs.get("policy_kwargs") or {})}  # SB3's DDPG writes into it
-        super().__init__(policy, env, learning_rate, _init_setup_model=False, **kwargs)
+        super().__init__(
+            *(policy, env, learning_rate, buffer_size, learning_starts, batch_size, tau, gamma, train_freq, gradient_steps),
+            *(action_noise, replay_buffer_class, replay_buffer_kwargs, optimize_memory_usage, n_steps, tensorboard_log),
+            policy_kwargs={**(policy_kwargs or {})},  # SB3's DDPG writes into it
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+            **kwargs,
+        )
         self._stats_window_size = stats_window_size
         self.actor_learning_rate = actor_learning_rate
         self.critic_learning_rate = critic_learning_rate
@@ -121,11 +146,16 @@ class DDPGX(OffPolicyMixin, DDPG):
         if self.policy_kwargs.get("batch_norm") and self.batch_size == 1:
             raise ValueError("batch_size must be an integer >= 2 with batch_norm=True, got 1")
 
-    def _optimizers(self) -> dict[str, th.optim.Optimizer]:
-        return {"critic": self.critic.optimizer, "actor": self.actor.optimizer}
-
-    def _acting_obstacle(self) -> str | None:
-        return numpy_actor.obstacle(self.policy, self.policy_aliases.values(), Actor)
+    def _networks(self) -> Mapping[str, Network]:
+        critic, actor = self.critic, self.actor
+        return {
+            "critic": self._network(
+                *("critic", critic, critic.optimizer, self.critic_target),
+                rate=self.critic_learning_rate,
+                weight_decay=self.critic_weight_decay,
+            ),
+            "actor": self._network("actor", actor, actor.optimizer, self.actor_target, rate=self.actor_learning_rate),
+        }
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """
@@ -135,34 +165,36 @@ class DDPGX(OffPolicyMixin, DDPG):
         :param batch_size: transitions per update
         :raises NonFiniteError: if a loss or a parameter is NaN or infinite afterwards
         """
-        self._begin_updates()
-        for _ in range(gradient_steps):
-            self._n_updates += 1
-            self._run(self._update, self._sample(batch_size))
-        self._end_updates()
+        with self._updates() as engine:
+            for _ in range(gradient_steps):
+                self._n_updates += 1
+                engine.run(self._update, self._sample(batch_size))
 
-    def _update(self, batch: Transitions) -> None:
-        self._descend("critic", self._critic_loss, batch)
-        self._descend("actor", self._actor_loss, batch)
-        self._update_targets()
-
-    def _critic_loss(self, batch: Transitions) -> th.Tensor:
-        with th.no_grad():
-            (next_q,) = self.critic_target(batch.next_observations, self.actor_target(batch.next_observations))  # (B, 1)
-            target = td_target(batch.rewards, batch.dones, batch.discounts, next_q)
-        (q,) = self.critic(batch.observations, batch.actions)
-        self._means.add("q", q)
-        return F.mse_loss(q, target)
-
-    def _actor_loss(self, batch: Transitions) -> th.Tensor:
+    def _update(self, batch: Transitions) -> dict[str, th.Tensor]:
+        target = self._target(batch)  # (B, 1)
+        values = self.critic(batch.observations, batch.actions)
+        critic_loss = squared_error(values, target, batch.weights)
+        self._engine.minimise(critic_loss, "critic")
+        outputs = {"critic_loss": critic_loss, **self._means_of(values)}
+        if batch.weights is not None:
+            outputs["td_errors"] = td_errors(values, target)
         actions = self.actor(batch.observations)
-        # on its way to the actor the backward pass brings -dQ/da / B
-        actions.register_hook(lambda grad: self._means.add("action_gradient", len(grad) * grad.abs().mean()))
-        return -self.critic.q1_forward(batch.observations, actions).mean()
+        if actions.requires_grad:  # on its way to the actor the backward pass brings -dQ/da / B
+            actions.register_hook(lambda grad: outputs.update(action_gradient=len(grad) * grad.abs().mean()))
+        outputs["actor_loss"] = -self.critic.q1_forward(batch.observations, actions).mean()
+        self._engine.minimise(outputs["actor_loss"], "actor")
+        self._update_targets()
+        return outputs
+
+    @th.no_grad()
+    def _target(self, batch: Transitions) -> th.Tensor:
+        next_actions = self.actor_target(batch.next_observations)
+        next_q = th.cat(self.critic_target(batch.next_observations, next_actions), dim=1).amin(dim=1, keepdim=True)
+        return td_target(batch.rewards, batch.dones, batch.discounts, next_q)
 
     def _update_targets(self) -> None:
-        self._follow("critic", self.tau)
-        self._follow("actor", self.tau)
+        self._engine.follow("critic", self.tau)
+        self._engine.follow("actor", self.tau)
         polyak_update(self.critic_batch_norm_stats, self.critic_batch_norm_stats_target, 1.0)
         polyak_update(self.actor_batch_norm_stats, self.actor_batch_norm_stats_target, 1.0)
 

@@ -3,19 +3,19 @@
 from typing import Any
 
 from gymnasium import spaces
+from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.td3.policies import Actor
+from stable_baselines3.td3.policies import Actor, TD3Policy
 from torch import nn
 
-from sb3_ac_ext.legacy.fused_mlp import FusedMLP
-from sb3_ac_ext.networks.critics import SingleStreamCritic
-from sb3_ac_ext.networks.policies import DeterministicPolicy, ForDicts, ForImages
+from sb3_ac_ext.ddpgx.networks import LateActionCritic
+from sb3_ac_ext.networks.policies import ForDicts, ForImages
 from sb3_ac_ext.validation import check_number, check_switch
 
 
-class MlpPolicy(DeterministicPolicy):
+class MlpPolicy(TD3Policy):
     """
     SB3's policy for DDPG, with the paper's architecture as options; their defaults give SB3's networks.
 
@@ -28,14 +28,11 @@ class MlpPolicy(DeterministicPolicy):
         normalised over the batch (Ioffe and Szegedy 2015, arXiv:1502.03167)
     :param final_layer_init: x, for final layers of actor and critic drawn from U(-x, x); None draws them as the others,
         from U(-1 / sqrt(fan_in), 1 / sqrt(fan_in))
-    :param n_critics: only 1
+    :param n_critics: critics, >= 1; targets are their smallest value, and the actor ascends the first
     :param kwargs: SB3's other arguments (net_arch, activation_fn, share_features_extractor, ...)
     :raises TypeError: if an argument has the wrong type
     :raises ValueError: if one is out of range
     """
-
-    critic: SingleStreamCritic  # type: ignore[assignment]
-    critic_target: SingleStreamCritic  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -49,8 +46,7 @@ class MlpPolicy(DeterministicPolicy):
         n_critics: int = 1,
         **kwargs: Any,
     ) -> None:
-        if n_critics != 1:
-            raise ValueError(f"n_critics must be 1, got {n_critics}")
+        check_number("n_critics", n_critics, low=1, integer=True)
         check_switch("batch_norm", batch_norm)
         if final_layer_init is not None:
             check_number("final_layer_init", final_layer_init, low=0)
@@ -65,20 +61,28 @@ class MlpPolicy(DeterministicPolicy):
             dim, actions = actor.features_dim, get_action_dim(self.action_space)
             norms: list[type[nn.Module]] = [nn.BatchNorm1d]
             layers = create_mlp(dim, actions, actor.net_arch, actor.activation_fn, True, post_linear_modules=norms)
-            actor.mu = FusedMLP(nn.BatchNorm1d(dim), *layers).to(self.device)
+            actor.mu = nn.Sequential(nn.BatchNorm1d(dim), *layers).to(self.device)
         self._draw_final_layer(actor.mu)
         return actor
 
-    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> SingleStreamCritic:  # type: ignore[override]
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> ContinuousCritic:
         critic_kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
-        del critic_kwargs["n_critics"]
-        critic = SingleStreamCritic(**critic_kwargs, action_layer=self.action_layer, batch_norm=self.batch_norm)
-        self._draw_final_layer(critic.qf0)
+        hidden = critic_kwargs["net_arch"]
+        name = f"action_layer (of the critic's hidden layers {hidden}, from 0)"
+        check_number(name, self.action_layer, low=0, high=max(len(hidden) - 1, 0), integer=True)
+        if self.action_layer or self.batch_norm:
+            critic: ContinuousCritic = LateActionCritic(
+                **critic_kwargs, action_layer=self.action_layer, batch_norm=self.batch_norm
+            )
+        else:
+            critic = ContinuousCritic(**critic_kwargs)
+        for layers in critic.q_networks:
+            self._draw_final_layer(layers)
         return critic.to(self.device)
 
-    def _draw_final_layer(self, layers: nn.Sequential) -> None:
+    def _draw_final_layer(self, layers: nn.Module) -> None:
         if self.final_layer_init is not None:
-            final = [layer for layer in layers if isinstance(layer, nn.Linear)][-1]
+            final = [layer for layer in layers.modules() if isinstance(layer, nn.Linear)][-1]
             for parameter in final.parameters():
                 nn.init.uniform_(parameter, -self.final_layer_init, self.final_layer_init)
 
