@@ -1,5 +1,6 @@
 """DDPGX: equal to SB3's DDPG with its extras off, the paper's architecture, its exploration, what it logs."""
 
+import copy
 from typing import Any
 
 import gymnasium as gym
@@ -14,13 +15,15 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 from torch.nn import functional as F
 
 from sb3_ac_ext import DDPGX
+from sb3_ac_ext.buffers.replay import Transitions
+from sb3_ac_ext.ddpgx.networks import LateActionCritic
 from sb3_ac_ext.ddpgx.parameter_noise import ParameterNoise, action_distance, perturbed_parameters
-from sb3_ac_ext.networks.critics import SingleStreamCritic
 
 SMALL: dict[str, Any] = {"net_arch": [16, 12]}
 LATE = {**SMALL, "action_layer": 1}
@@ -36,13 +39,22 @@ def make(cls: type[DDPG] = DDPGX, env: Any = None, policy: str = "MlpPolicy", **
     return model
 
 
+def parameters_of(module: nn.Module) -> th.Tensor:
+    """All parameters, without buffers."""
+    return nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+
+
+def norms(module: nn.Module) -> list[nn.BatchNorm1d]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm1d)]
+
+
 def single(rows: int = 8, **kwargs: Any) -> Any:
     """One batch in single precision with discounts of its own."""
     return batches(2, rows=rows, dtype=th.float32, **kwargs)[1]
 
 
 def scatter(model: Any) -> None:
-    """Let online and target networks differ."""
+    """Let online and target networks differ, and the critics among each other."""
     for network in (model.actor, model.critic):
         for parameter in network.parameters():
             parameter.data.add_(0.05 * th.randn_like(parameter))
@@ -54,6 +66,26 @@ def update(model: Any, *samples: Any) -> None:
         model.train(gradient_steps=1, batch_size=len(sample.actions))
 
 
+def outputs_of_update(model: Any, batch: Any, weights: th.Tensor | None = None) -> dict[str, th.Tensor]:
+    """What one update with a batch that has its own discounts returns."""
+    with model._updates() as engine:
+        return dict(engine.run(model._update, Transitions(*batch, weights)))
+
+
+def critic_target(model: Any, batch: Any) -> th.Tensor:
+    """y, written out."""
+    with th.no_grad():
+        next_q = model.critic_target(batch.next_observations, model.actor_target(batch.next_observations))
+        least = next_q[0]
+        for q in next_q[1:]:
+            least = th.where(q < least, q, least)
+        return th.where(batch.dones.bool(), batch.rewards, batch.rewards + batch.discounts * least)
+
+
+NETWORKS = [SMALL, LATE, {**SMALL, "n_critics": 2}, {**LATE, "n_critics": 3}]
+NETWORK_IDS = ["action first", "action late", "two critics", "three with late action"]
+
+
 # --- SB3's DDPG -------------------------------------------------------------------------------------------------------
 
 
@@ -63,10 +95,12 @@ def update(model: Any, *samples: Any) -> None:
     [
         ("MlpPolicy", BOX, SMALL),
         ("MlpPolicy", BOX, {"net_arch": {"pi": [8], "qf": [16, 8, 4]}, "activation_fn": nn.Tanh}),
+        ("MlpPolicy", BOX, {**SMALL, "n_critics": 2}),
+        ("MlpPolicy", BOX, {**SMALL, "n_critics": 3}),
         ("CnnPolicy", IMAGE, SMALL),
         ("CnnPolicy", IMAGE, {**SMALL, "share_features_extractor": True}),
     ],
-    ids=["mlp", "unequal", "images", "shared extractor"],
+    ids=["mlp", "unequal", "two critics", "three critics", "images", "shared extractor"],
 )
 @pytest.mark.parametrize("engine", [True, False], ids=["engine on", "engine off"])
 def test_equals_ddpg_with_extras_off(policy: str, space: spaces.Box, policy_kwargs: dict[str, Any], engine: bool) -> None:
@@ -75,17 +109,20 @@ def test_equals_ddpg_with_extras_off(policy: str, space: spaces.Box, policy_kwar
     models = theirs, ours = make(DDPG, env, policy, **kwargs), make(DDPGX, env, policy, engine=engine, **kwargs)
     th.testing.assert_close(flat(ours.policy), flat(theirs.policy), rtol=0, atol=0)  # same seed, same initial weights
     assert list(ours.policy.state_dict()) == list(theirs.policy.state_dict())
+    samples = batches(18, obs_shape=space.shape)
     for model in models:
         model.policy.double()
-        feed(model, batches(6, obs_shape=space.shape))
-    for step in range(6):
+        feed(model, samples)
+    for step in range(18):
         for model in models:
-            model._current_progress_remaining = 1 - step / 10
+            model._current_progress_remaining = 1 - step / 20
             model.train(gradient_steps=1, batch_size=8)
-        th.testing.assert_close(flat(ours.policy), flat(theirs.policy), rtol=0, atol=1e-10)
+        atol = 1e-10 if engine else 0
+        th.testing.assert_close(flat(ours.policy), flat(theirs.policy), rtol=0, atol=atol)
         for network in ("actor", "critic"):
             moments = [getattr(model, network).optimizer.state_dict()["state"] for model in models]
-            th.testing.assert_close(*moments, rtol=0, atol=1e-10)
+            th.testing.assert_close(*moments, rtol=0, atol=atol)
+    assert ours.engine_report().get("update") == ("replayed" if engine else None)
 
 
 @pytest.mark.parametrize("n_envs", [1, 2])
@@ -117,36 +154,86 @@ def test_stats_window_size_which_sb3s_ddpg_does_not_take() -> None:
 # --- The update -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy_kwargs", [SMALL, LATE], ids=["action first", "action late"])
+@pytest.mark.parametrize("policy_kwargs", NETWORKS, ids=NETWORK_IDS)
 def test_critic_loss_by_hand(policy_kwargs: dict[str, Any]) -> None:
-    """Target actor, target critic, termination, discounts: each is needed to get this loss."""
+    """Target actor, least target critic, termination, discounts: each is needed to get this loss and its gradient."""
     model = make(policy_kwargs=policy_kwargs)
     scatter(model)
     batch = single(rows=32)
     assert 0 < batch.dones.sum() < 32
-    loss = model._critic_loss(batch)
-    with th.no_grad():
-        (next_q,) = model.critic_target(batch.next_observations, model.actor_target(batch.next_observations))
-        (q,) = model.critic(batch.observations, batch.actions)
-        target = th.where(batch.dones.bool(), batch.rewards, batch.rewards + batch.discounts * next_q)
-    th.testing.assert_close(loss, ((q - target) ** 2).sum() / 32)
-    loss.backward()
-    constants = [*model.actor_target.parameters(), *model.critic_target.parameters(), *model.actor.parameters()]
+    target = critic_target(model, batch)
+    values = model.critic(batch.observations, batch.actions)
+    expected = sum(((q - target) ** 2).sum() / 32 for q in values)
+    gradients = th.autograd.grad(expected, [*model.critic.parameters()])
+    outputs = outputs_of_update(model, batch)
+    th.testing.assert_close(outputs["critic_loss"], expected.detach())
+    assert "td_errors" not in outputs
+    for parameter, gradient in zip(model.critic.parameters(), gradients, strict=True):
+        th.testing.assert_close(parameter.grad, gradient)
+    constants = [*model.actor_target.parameters(), *model.critic_target.parameters()]
     assert all(parameter.grad is None for parameter in constants)
-    assert all(parameter.grad is not None for parameter in model.critic.parameters())
+
+
+@pytest.mark.parametrize("policy_kwargs", NETWORKS, ids=NETWORK_IDS)
+def test_weighted_critic_loss_by_hand(policy_kwargs: dict[str, Any]) -> None:
+    """What a prioritised replay buffer gives and gets."""
+    model = make(policy_kwargs=policy_kwargs)
+    scatter(model)
+    batch, weights = single(rows=32), th.rand(32, 1)
+    target = critic_target(model, batch)
+    with th.no_grad():
+        errors = [q - target for q in model.critic(batch.observations, batch.actions)]
+    outputs = outputs_of_update(model, batch, weights)
+    th.testing.assert_close(outputs["critic_loss"], sum((weights * error**2).sum() / 32 for error in errors))
+    th.testing.assert_close(outputs["td_errors"], sum(error.abs() for error in errors) / len(errors))
 
 
 @pytest.mark.parametrize("engine", [True, False])
-@pytest.mark.parametrize("policy_kwargs", [SMALL, LATE, NORMED], ids=["action first", "action late", "batch norm"])
+@pytest.mark.parametrize("policy_kwargs", [*NETWORKS, NORMED], ids=[*NETWORK_IDS, "batch norm"])
 def test_actor_update_leaves_the_critic_alone(policy_kwargs: dict[str, Any], engine: bool) -> None:
-    model = make(engine=engine, policy_kwargs=policy_kwargs)
-    model._begin_updates()
-    critic, actor = flat(model.critic), flat(model.actor)
-    model._descend("actor", model._actor_loss, single())
-    assert th.equal(flat(model.critic), critic)  # running statistics included
-    assert not th.equal(flat(model.actor), actor)
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.critic.parameters())
-    assert model.critic.training
+    """Of an update in which the critic's rate is 0 nothing is left in the critic but what its own loss does."""
+    model = make(engine=engine, policy_kwargs=policy_kwargs, critic_learning_rate=0.0)
+    for count in range(1, 9):
+        critic, actor = parameters_of(model.critic), parameters_of(model.actor)
+        batch = single()
+        with th.no_grad():
+            target = critic_target(model, batch)
+        update(model, batch)
+        assert th.equal(parameters_of(model.critic), critic)
+        assert not th.equal(parameters_of(model.actor), actor)
+        assert all(norm.num_batches_tracked == count for norm in norms(model.critic))
+        model.critic.train(False)  # on the running statistics, which its own loss has updated
+        loss = sum(F.mse_loss(q, target) for q in model.critic(batch.observations, batch.actions))
+        for parameter, gradient in zip(
+            model.critic.parameters(), th.autograd.grad(loss, [*model.critic.parameters()]), strict=True
+        ):
+            assert parameter.requires_grad
+            th.testing.assert_close(parameter.grad, gradient)
+    assert model.engine_report().get("update") == ("replayed" if engine else None)
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_frozen_actor_stays_and_the_critic_learns(engine: bool) -> None:
+    model = make(engine=engine)
+    model.actor.requires_grad_(False)
+    actor, critic = flat(model.actor), flat(model.critic)
+    update(model, *[single() for _ in range(8)])
+    assert th.equal(flat(model.actor), actor)
+    assert not th.equal(flat(model.critic), critic)
+    logged = model.logger.name_to_value
+    assert np.isfinite(logged["train/actor_loss"])
+    assert "train/action_gradient" not in logged
+
+
+@pytest.mark.parametrize("policy_kwargs", NETWORKS[2:], ids=NETWORK_IDS[2:])
+def test_actor_ascends_the_first_of_several_critics(policy_kwargs: dict[str, Any]) -> None:
+    model = make(policy_kwargs=policy_kwargs, critic_learning_rate=0.0)
+    batch = single()
+    loss = -model.critic(batch.observations, model.actor(batch.observations))[0].mean()
+    gradients = th.autograd.grad(loss, [*model.actor.parameters()])
+    th.testing.assert_close(outputs_of_update(model, batch)["actor_loss"], loss.detach())
+    for parameter, gradient in zip(model.actor.parameters(), gradients, strict=True):
+        th.testing.assert_close(parameter.grad, gradient)
 
 
 def test_actor_ascends_q() -> None:
@@ -234,8 +321,28 @@ def test_first_layer_does_not_see_the_action() -> None:
 def test_action_enters_at_its_layer(action_layer: int, sizes: list[int]) -> None:
     model = make(policy_kwargs={"net_arch": [16, 12, 8], "action_layer": action_layer})
     for critic in (model.critic, model.critic_target):
-        assert type(critic) is SingleStreamCritic
+        assert type(critic) is (LateActionCritic if action_layer else ContinuousCritic)
         assert [layer.in_features for layer in critic.modules() if isinstance(layer, nn.Linear)] == sizes
+
+
+def test_late_critics_are_disjoint_and_the_first_has_the_names_of_a_single_one() -> None:
+    """So that a file of a single critic fits."""
+    alone, critic = make(policy_kwargs=NORMED).critic, make(policy_kwargs={**NORMED, "n_critics": 2}).critic
+    single_names, names = list(alone.state_dict()), list(critic.state_dict())
+    assert single_names[0] == "state_layers.0.weight" and single_names[-1] == "qf0.2.bias"
+    assert names[: len(single_names)] == single_names
+    assert all(name.startswith(("state_layers1.", "qf1.")) for name in names[len(single_names) :])
+    assert len(names) == 2 * len(single_names)
+    parts = [critic.state_layers, critic.qf0], [critic.state_layers1, critic.qf1]
+    batch = single()
+    values = critic(batch.observations, batch.actions)
+    assert not th.equal(*values)
+    for k, q in enumerate(values):
+        critic.zero_grad()
+        q.sum().backward()
+        gradients = [[p.grad is None for module in modules for p in module.parameters()] for modules in parts]
+        assert not any(gradients[k])
+        assert all(gradients[1 - k])
 
 
 def test_images_enter_before_the_action() -> None:
@@ -251,38 +358,66 @@ def test_images_enter_before_the_action() -> None:
 def test_shared_extractor_learns_from_the_actor_alone() -> None:
     policy_kwargs = {**LATE, "share_features_extractor": True}
     model = make(env=RandomEnv(IMAGE, CONTINUOUS), policy="CnnPolicy", policy_kwargs=policy_kwargs)
-    extractor = model.actor.features_extractor
-    assert model.critic.features_extractor is extractor
-    model._begin_updates()
+    assert model.critic.features_extractor is model.actor.features_extractor
     for network, learns in (("critic", False), ("actor", True)):
+        rates = {f"{name}_learning_rate": 1e-3 * (name == network) for name in ("critic", "actor")}
+        model = make(env=RandomEnv(IMAGE, CONTINUOUS), policy="CnnPolicy", policy_kwargs=policy_kwargs, **rates)
+        extractor, layers = model.actor.features_extractor, flat(getattr(model, network))
         before = flat(extractor)
-        model._descend(network, getattr(model, f"_{network}_loss"), single(obs_shape=IMAGE.shape))
+        update(model, single(obs_shape=IMAGE.shape))
         assert th.equal(flat(extractor), before) is not learns
+        assert not th.equal(flat(getattr(model, network)), layers)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "action late": {"policy_kwargs": LATE},
+    "batch norm": {"policy_kwargs": {**SMALL, "batch_norm": True}},
+    "batch norm, action late": {"policy_kwargs": NORMED},
+    "two critics": {"policy_kwargs": {**NORMED, "n_critics": 2}},
+    "weight decay": {"critic_weight_decay": 0.1, "max_grad_norm": 0.01},
+    "images": {"policy": "CnnPolicy", "policy_kwargs": LATE},
+    "dict": {"policy": "MultiInputPolicy", "policy_kwargs": LATE},
+}
 
 
 @pytest.mark.usefixtures("double_precision")
-@pytest.mark.parametrize(
-    "kwargs",
-    [{"policy_kwargs": LATE}, {"policy_kwargs": NORMED}, {"critic_weight_decay": 0.1, "max_grad_norm": 0.01}],
-    ids=["action late", "batch norm", "weight decay"],
-)
-def test_engine_changes_nothing(kwargs: dict[str, Any]) -> None:
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("images", "dict")])
+def test_engine_changes_nothing(variant: str) -> None:
+    kwargs = VARIANTS[variant]
     models = on, off = make(**kwargs), make(engine=False, **kwargs)
+    samples = batches(12)
     for model in models:
         model.policy.double()
-        update(model, *batches(6))
-    th.testing.assert_close(flat(on.policy), flat(off.policy), rtol=0, atol=1e-10)
+        feed(model, samples)
+    for _ in samples:
+        for model in models:
+            model.train(gradient_steps=1, batch_size=8)
+        th.testing.assert_close(flat(on.policy), flat(off.policy), rtol=0, atol=1e-10)
     values = [{key: value for key, value in model.logger.name_to_value.items() if "time" not in key} for model in models]
     assert values[0] == pytest.approx(values[1], rel=1e-9)
+    assert on.engine_report()["update"] == "replayed"
 
 
-def test_engine_takes_the_late_action() -> None:
-    report = make(policy_kwargs=LATE).engine_report()
-    assert report["critic update"] == report["actor update"] == "fused layers, flat Adam"
-    assert report["acting"] == "numpy"
-    report = make(policy_kwargs=NORMED).engine_report()
-    assert "BatchNorm1d" in report["actor update"]
-    assert "BatchNorm1d" in report["acting"]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_engine_replays_and_learns_the_same(variant: str) -> None:
+    """
+    In single precision.
+
+    With Adam's usual eps rounding errors alone would move the biases before a normalisation, whose gradient is 0.
+    """
+    kwargs = {"policy_kwargs": SMALL, **VARIANTS[variant]}
+    kwargs["policy_kwargs"] = {**kwargs["policy_kwargs"], "optimizer_kwargs": {"eps": 1e-2}}
+    space = {"images": IMAGE, "dict": DICT}.get(variant, BOX)
+    environments = [RandomEnv(copy.deepcopy(space), CONTINUOUS) for _ in range(2)]  # spaces draw observations
+    on, off = (
+        make(env=env, engine=engine, batch_size=8, **kwargs).learn(40)
+        for env, engine in zip(environments, (True, False), strict=True)
+    )
+    assert on.engine_report()["update"] == "replayed"
+    if variant not in ("images", "dict"):
+        assert on.engine_report()["act(False)"] == "replayed"
+    th.testing.assert_close(flat(on.policy), flat(off.policy), rtol=0, atol=2e-5)  # 1e-6 an update
 
 
 # --- Initialisation, weight decay -------------------------------------------------------------------------------------
@@ -310,18 +445,36 @@ def test_weight_decay_is_the_critics_weights_alone(policy_kwargs: dict[str, Any]
     decayed, free = make(critic_weight_decay=0.1, **kwargs), make(**kwargs)
     before = {name: value.clone() for name, value in free.critic.named_parameters()}
     for model in (decayed, free):
-        model._begin_updates()
-        model._descend("critic", model._critic_loss, single())
+        update(model, single())
     after = dict(decayed.critic.named_parameters())
     for name, value in free.critic.named_parameters():
         decay = 0.1 * before[name] if value.dim() == 2 else th.zeros_like(value)
         th.testing.assert_close(value - after[name], decay, rtol=1e-4, atol=1e-6)
+    logged = [model.logger.name_to_value["train/critic_grad_norm"] for model in (decayed, free)]
+    assert logged[0] == logged[1] > 1e-2  # the loss's, before clipping
+    decayed, free = (make(critic_weight_decay=decay, critic_learning_rate=0.0, **kwargs) for decay in (0.1, 0.0))
+    before = flat(free.actor)
     for model in (decayed, free):
-        model.critic.load_state_dict(free.critic.state_dict())
-        model._descend("actor", model._actor_loss, single())
+        update(model, single())
     assert th.equal(flat(decayed.actor), flat(free.actor))
-    norms = [model._means.read()["critic_grad_norm"] for model in (decayed, free)]
-    assert norms[0] == norms[1] > 1e-2  # the loss's, before clipping
+    assert not th.equal(flat(free.actor), before)
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_weight_decay_can_change_while_training(engine: bool) -> None:
+    """It acts at the next update."""
+    kwargs = {"policy_kwargs": {**LATE, "optimizer_class": th.optim.SGD}, "tau": 0.0, "engine": engine}
+    models = changed, free = [make(critic_learning_rate=0.1, actor_learning_rate=0.0, **kwargs) for _ in range(2)]
+    for decay in (0.0,) * 8 + (0.2,) + (0.0,) * 8 + (0.5, 0.1):
+        free.critic.load_state_dict(changed.critic.state_dict())
+        before = {name: value.clone() for name, value in free.critic.named_parameters()}
+        changed.critic_weight_decay = decay
+        for model in models:
+            update(model, single())
+        after = dict(changed.critic.named_parameters())
+        for name, value in free.critic.named_parameters():
+            difference = 0.1 * decay * before[name] if value.dim() == 2 else th.zeros_like(value)
+            th.testing.assert_close(value - after[name], difference, rtol=1e-4, atol=1e-6)
 
 
 def test_weight_decay_is_adams() -> None:
@@ -337,18 +490,15 @@ def test_weight_decay_is_adams() -> None:
         if value.dim() == 2:
             th.testing.assert_close(value, dict(adams.critic.named_parameters())[name])
     shared = {**SMALL, "share_features_extractor": True}
-    image = make(env=RandomEnv(IMAGE, CONTINUOUS), policy="CnnPolicy", policy_kwargs=shared, critic_weight_decay=0.1)
-    extractor = flat(image.critic.features_extractor)
-    image._begin_updates()
-    image._descend("critic", image._critic_loss, single(obs_shape=IMAGE.shape))
+    rates = {"actor_learning_rate": 0.0, "critic_weight_decay": 0.1}
+    image = make(env=RandomEnv(IMAGE, CONTINUOUS), policy="CnnPolicy", policy_kwargs=shared, **rates)
+    extractor, layers = flat(image.critic.features_extractor), flat(image.critic.qf0)
+    update(image, single(obs_shape=IMAGE.shape))
     assert th.equal(flat(image.critic.features_extractor), extractor)
+    assert not th.equal(flat(image.critic.qf0), layers)
 
 
 # --- Batch normalisation ----------------------------------------------------------------------------------------------
-
-
-def norms(module: nn.Module) -> list[nn.BatchNorm1d]:
-    return [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm1d)]
 
 
 @pytest.mark.parametrize(("action_layer", "sizes"), [(0, [4]), (1, [4, 16]), (2, [4, 16, 12])])
@@ -368,7 +518,8 @@ def test_normalised_networks_by_hand() -> None:
     """The actor on the statistics of its batch, critic and targets on the running ones, which the critic's loss updates."""
     model = make(policy_kwargs=NORMED)
     update(model, *[single() for _ in range(3)])
-    model.policy.set_training_mode(True)
+    model.learning_rate, model.tau = 0.0, 0.0
+    model._setup_lr_schedule()
     scatter(model)
     batch = single(rows=16)
 
@@ -394,18 +545,14 @@ def test_normalised_networks_by_hand() -> None:
         target = batch.rewards + batch.discounts * (1 - batch.dones) * q(
             model.critic_target, batch.next_observations, next_a, False
         )
+        before = model.critic.state_layers[0].running_mean.clone()
+        outputs = outputs_of_update(model, batch)
+        taken_in = 0.9 * before + 0.1 * batch.observations.mean(0)
+        th.testing.assert_close(model.critic.state_layers[0].running_mean, taken_in)
+        expected = F.mse_loss(q(model.critic, batch.observations, batch.actions, False), target)
+        th.testing.assert_close(outputs["critic_loss"], expected)
         actions = mu(model.actor, batch.observations, True)
-        ascended = q(model.critic, batch.observations, actions, False).mean()
-    running = flat(model.critic_target), flat(model.actor_target)
-    th.testing.assert_close(model._actor_loss(batch), -ascended)
-    before = model.critic.state_layers[0].running_mean.clone()
-    loss = model._critic_loss(batch)
-    taken_in = 0.9 * before + 0.1 * batch.observations.mean(0)
-    th.testing.assert_close(model.critic.state_layers[0].running_mean, taken_in)
-    expected = F.mse_loss(q(model.critic, batch.observations, batch.actions, False), target)
-    th.testing.assert_close(loss, expected)
-    assert th.equal(flat(model.critic_target), running[0])
-    assert th.equal(flat(model.actor_target), running[1])
+        th.testing.assert_close(outputs["actor_loss"], -q(model.critic, batch.observations, actions, False).mean())
 
 
 def test_statistics_are_updated_once_and_copied_to_the_targets() -> None:

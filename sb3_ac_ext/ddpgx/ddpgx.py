@@ -181,7 +181,8 @@ class DDPGX(OffPolicyMixin, DDPG):
         actions = self.actor(batch.observations)
         if actions.requires_grad:  # on its way to the actor the backward pass brings -dQ/da / B
             actions.register_hook(lambda grad: outputs.update(action_gradient=len(grad) * grad.abs().mean()))
-        outputs["actor_loss"] = -self.critic.q1_forward(batch.observations, actions).mean()
+        q = self.critic.q1_forward(batch.observations, actions)  # type: ignore[arg-type]  # SB3 leaves dicts out
+        outputs["actor_loss"] = -q.mean()
         self._engine.minimise(outputs["actor_loss"], "actor")
         self._update_targets()
         return outputs

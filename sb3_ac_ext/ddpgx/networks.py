@@ -80,7 +80,7 @@ class LateActionCritic(ContinuousCritic):
             with th.no_grad():
                 for state_layers in self.state_networks:
                     state_layers(features)  # the running statistics take the batch in
-        hidden = [on_running_statistics(state_layers, features) for state_layers in self.state_networks]
+        hidden = [self._hidden(state_layers, features) for state_layers in self.state_networks]
         return tuple(q(th.cat([h, actions], dim=1)) for q, h in zip(self.q_networks, hidden, strict=True))
 
     def q1_forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
@@ -94,20 +94,19 @@ class LateActionCritic(ContinuousCritic):
         """
         with th.no_grad():
             features = self.extract_features(obs, self.features_extractor)
-            hidden = on_running_statistics(self.state_networks[0], features)
+            hidden = self._hidden(self.state_networks[0], features)
         q: th.Tensor = self.q_networks[0](th.cat([hidden, actions], dim=1))
         return q
 
-
-def on_running_statistics(layers: nn.Sequential, x: th.Tensor) -> th.Tensor:
-    """
-    :param layers: their batch normalisations use and keep their running statistics, in training too
-    :param x: ``(B, F)`` inputs
-    :return: their outputs
-    """
-    for layer in layers:
-        if isinstance(layer, nn.BatchNorm1d):
-            x = F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps)
-        else:
-            x = layer(x)
-    return x
+    def _hidden(self, state_layers: nn.Sequential, features: th.Tensor) -> th.Tensor:
+        """What the state layers make of the features, on the running statistics in training too."""
+        if not (self.batch_norm and self.training):
+            return state_layers(features)  # type: ignore[no-any-return]
+        hidden = features
+        for layer in state_layers:
+            if isinstance(layer, nn.BatchNorm1d):
+                statistics = layer.running_mean, layer.running_var
+                hidden = F.batch_norm(hidden, *statistics, layer.weight, layer.bias, training=False, eps=layer.eps)
+            else:
+                hidden = layer(hidden)
+        return hidden
