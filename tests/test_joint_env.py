@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 
 from sb3_ac_ext import MADDPG
 from sb3_ac_ext.envs.joint import MPE_TASKS, mpe_id, register_mpe
-from sb3_ac_ext.maddpg import JointBox, JointEnv, register_parallel_env
+from sb3_ac_ext.maddpg import Agent, JointBox, JointEnv, register_parallel_env
 from sb3_ac_ext.validation import NonFiniteError, UnsupportedError
 
 SMALL = {"net_arch": [8]}
@@ -125,6 +125,48 @@ def test_ends_of_agents_and_of_the_episode(truncates: bool, early: str) -> None:
     _, _, terminated, truncated, info = env.step(action)
     assert (terminated, truncated) == (not (truncates or early == "truncates"), truncates or early == "truncates")
     assert info["agent_terminated"].tolist() == [not truncates, False, not truncates]
+
+
+class Sloppy(Crowd):
+    """Rewards are arrays of one number, infos None, and one agent has spaces without dimensions."""
+
+    def __init__(self, infos: Any = None) -> None:
+        super().__init__(2)
+        self.infos = infos
+
+    def observation_space(self, agent: str) -> spaces.Space:
+        return spaces.Box(-9, 9, (), np.float32) if agent == "agent_0" else self.space
+
+    def action_space(self, agent: str) -> spaces.Space:
+        return spaces.Box(0, 2, (), np.float32) if agent == "agent_0" else self.choice
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, Any]:
+        return self._reduced(super().reset(seed)[0]), self.infos
+
+    def step(self, actions: dict[str, Any]) -> tuple[dict, dict, dict, dict, Any]:
+        assert all(self.action_space(agent).contains(action) for agent, action in actions.items())
+        observations, rewards, *ends, _ = super().step(actions)
+        return self._reduced(observations), {agent: np.array([r]) for agent, r in rewards.items()}, *ends, self.infos
+
+    @staticmethod
+    def _reduced(observations: dict[str, np.ndarray]) -> dict[str, Any]:
+        return {**observations, "agent_0": np.array(observations["agent_0"][0])}
+
+
+@pytest.mark.parametrize("infos", [None, {"agent_0": None, "agent_1": {}}], ids=["no infos", "no info"])
+def test_arrays_of_one_number_and_missing_infos(infos: Any, tmp_path: Path) -> None:
+    model = MADDPG("MlpPolicy", Sloppy(infos), policy_kwargs=SMALL, learning_starts=5, batch_size=4).learn(30)
+    assert model._n_updates > 0 and model.replay_buffer.agent_rewards[:30].any(axis=0).all()  # type: ignore[union-attr]
+    joint, _ = JointEnv(Sloppy()).reset(seed=0)
+    model.save_agent("agent_0", tmp_path / "agent")
+    for number in (1, 3):
+        observations = joint if number == 1 else np.stack([joint] * number)
+        actions = model.agent_actions(model.predict(observations, deterministic=True)[0])
+        own = [model.predict_agent("agent_0", observations[..., 0], deterministic=True)]
+        own.append(Agent.load(tmp_path / "agent").predict(observations[..., 0], deterministic=True))
+        for action in (actions["agent_0"], *own):
+            assert isinstance(action, np.ndarray) and action.shape == (() if number == 1 else (3,))
+            np.testing.assert_allclose(action, actions["agent_0"], atol=1e-6)
 
 
 def test_seeds_reach_the_environment() -> None:
@@ -252,6 +294,9 @@ def test_zoo_trains_watches_and_searches_by_name(python: Command, tmp_path: Path
 # Refusals
 
 
+FAULTY_REWARDS = {"two rewards": np.zeros(2), "words": "none", "no number": None}
+
+
 class Broken(Meadow):
     """An environment that does one thing wrong."""
 
@@ -278,6 +323,10 @@ class Broken(Meadow):
             del rewards["dog"]
         if self.fault == "no observation":
             del observations["dog"]
+        if self.fault in FAULTY_REWARDS:
+            rewards["dog"] = FAULTY_REWARDS[self.fault]
+        if self.fault == "info":
+            rest[-1]["dog"] = ["at", 1]
         return observations, rewards, *rest  # type: ignore[return-value]
 
 
@@ -290,6 +339,10 @@ class Broken(Meadow):
         ("vanishes", ValueError, r"must leave by termination or truncation, got \['fly'\]"),
         ("nan", NonFiniteError, r"rewards must be finite, got \{'dog': nan\}"),
         ("inf", NonFiniteError, r"rewards must be finite, got \{'dog': inf\}"),
+        ("no number", NonFiniteError, r"rewards must be finite, got \{'dog': nan\}"),
+        ("two rewards", ValueError, r"the reward of agent 'dog' must be a number, got array\(\[0\., 0\.\]\)"),
+        ("words", ValueError, r"the reward of agent 'dog' must be a number, got 'none'"),
+        ("info", ValueError, r"the info of agent 'dog' must be a dict, got \['at', 1\]"),
         ("no reward", ValueError, r"must give agent 'dog' its reward, got one for \['cow', 'fly'\]"),
         ("no observation", ValueError, r"must give agent 'dog' its observation, got one for \['cow', 'fly'\]"),
     ],

@@ -87,7 +87,8 @@ class JointEnv(gym.Env[np.ndarray, np.ndarray]):
         """
         See Gymnasium's ``Env.step``.
 
-        :raises ValueError: if an agent appears late, leaves without an end, or gets no observation or reward
+        :raises ValueError: if an agent appears late, leaves without an end, gets no observation or reward, or one that is no
+            number
         :raises NonFiniteError: if a reward is NaN or infinite
         """
         active = ~self._ended
@@ -97,7 +98,7 @@ class JointEnv(gym.Env[np.ndarray, np.ndarray]):
             {agent: actions[str(agent)] for agent in acting}
         )
         vector = np.zeros(len(self.agents), np.float32)
-        vector[active] = [self._of("reward", rewards, agent) for agent in acting]
+        vector[active] = [self._number(self._of("reward", rewards, agent), agent) for agent in acting]
         self._check_rewards(vector)
         terminated, truncated = active.copy(), active.copy()
         terminated[active] = [bool(terminations.get(agent, False)) for agent in acting]
@@ -131,9 +132,25 @@ class JointEnv(gym.Env[np.ndarray, np.ndarray]):
         except KeyError:
             raise ValueError(f"the environment must give agent {agent!r} its {what}, got one for {list(values)}") from None
 
-    def _copied(self, infos: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
-        """Without what belongs to no agent; environments may give the same objects again at the next step."""
-        return {str(agent): dict(infos[agent]) for agent in self.agents if agent in infos}
+    @staticmethod
+    def _number(reward: Any, agent: Any) -> float:
+        try:
+            return float(np.asarray(reward, np.float64).item())
+        except (TypeError, ValueError):
+            raise ValueError(f"the reward of agent {agent!r} must be a number, got {reward!r}") from None
+
+    def _copied(self, infos: Mapping[Any, Any] | None) -> dict[str, dict[str, Any]]:
+        """Without what belongs to no agent; environments may give the same objects again at the next step, or None."""
+        infos = {} if infos is None else infos
+        return {str(agent): self._info(infos[agent], agent) for agent in self.agents if agent in infos}
+
+    @staticmethod
+    def _info(info: Any, agent: Any) -> dict[str, Any]:
+        if info is None:
+            return {}
+        if not isinstance(info, Mapping):
+            raise ValueError(f"the info of agent {agent!r} must be a dict, got {info!r}")
+        return dict(info)
 
     def _check_rewards(self, rewards: np.ndarray) -> None:
         if not np.isfinite(rewards).all():

@@ -81,8 +81,8 @@ class JointBox(spaces.Box):
                 values[name] = part.start + entries.argmax(axis=-1)
             else:
                 assert isinstance(part, spaces.Box)
-                shaped = entries.reshape(*joint.shape[:-1], *part.shape).astype(part.dtype)
-                values[name] = shaped.clip(part.low, part.high)
+                shaped = entries.reshape((*joint.shape[:-1], *part.shape)).astype(part.dtype)
+                values[name] = np.asarray(shaped.clip(part.low, part.high))  # numpy makes a scalar of no dimensions
         return values
 
     def __eq__(self, other: object) -> bool:

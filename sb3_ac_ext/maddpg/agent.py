@@ -68,7 +68,9 @@ class Agent:
                 low, high = self.action_space.low, self.action_space.high
                 share = 0.5 * (outputs.tanh().cpu().numpy().reshape(-1, *low.shape) + 1)
                 actions = (low + share * (high - low)).astype(low.dtype).clip(low, high)
-        return actions[0] if single else actions
+        if single:
+            return np.asarray(actions[0]) if isinstance(self.action_space, spaces.Box) else actions[0]
+        return actions
 
     def _flat(self, observation: Any) -> tuple[np.ndarray, bool]:
         """``(B, D)`` and whether it was a single one."""

@@ -28,6 +28,10 @@ class JointTransitions(NamedTuple):
     """``(B, N)`` r of each agent."""
     active: th.Tensor
     """``(B, N)`` 1 where the agent acted, 0 where its episode was over already."""
+    discounts: th.Tensor | None = None
+    """``()`` gamma, which the algorithm adds to what the buffer samples."""
+    weights: th.Tensor | None = None
+    """``(B, 1)`` of the squared errors, if a prioritised buffer gives some."""
 
 
 class JointReplayBuffer(ReplayBuffer):

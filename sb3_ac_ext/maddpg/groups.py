@@ -1,13 +1,12 @@
-"""Groups of agents that share parameters, and their networks evaluated together."""
+"""Groups of agents that share parameters, and their networks evaluated."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch as th
+from torch import nn
 
 from sb3_ac_ext.envs.joint_spaces import Layout
-from sb3_ac_ext.legacy.fused_mlp import FusedMLP
-from sb3_ac_ext.legacy.stacked_mlps import side_by_side
 
 Groups = tuple[tuple[int, ...], ...]
 """The numbers of the agents that share parameters; every agent is in one group."""
@@ -41,33 +40,20 @@ def _is_word(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
-def evaluate(
-    networks: Sequence[Sequence[FusedMLP]], groups: Groups, inputs: th.Tensor | Sequence[th.Tensor]
-) -> list[list[th.Tensor]]:
+def evaluate(networks: Iterable[nn.Module], groups: Groups, inputs: Sequence[th.Tensor]) -> list[th.Tensor]:
     """
-    Several networks of each group on the inputs of its agents, as one batched product where their shapes allow it.
+    The network of each group on the inputs of its agents, all of them at once.
 
-    :param networks: K times one for each group
+    :param networks: one for each group
     :param groups: the agents of each
-    :param inputs: for each agent what it sees, ``(B, D_i)``; where each group is one agent also a tensor, ``(B, D)`` if all
-        see the same, or ``(N, B, D)`` for K = 1
-    :return: K times for each agent ``(B, outputs)``
+    :param inputs: for each agent what it sees, ``(B, D_i)``
+    :return: for each agent ``(B, outputs)``
     """
-    every = [mlp for one in networks for mlp in one]
-    if isinstance(inputs, th.Tensor):
-        outputs = side_by_side(every, inputs)
-    else:
-        rows = [inputs[group[0]] if len(group) == 1 else th.cat([inputs[agent] for agent in group]) for group in groups]
-        rows *= len(networks)
-        alike = len({x.shape for x in rows}) == 1
-        outputs = side_by_side(every, th.stack(rows)) if alike else tuple(mlp(x) for mlp, x in zip(every, rows, strict=True))
-    size = len(groups)
-    return [_by_agent(outputs[start : start + size], groups) for start in range(0, len(outputs), size)]
-
-
-def _by_agent(outputs: Sequence[th.Tensor], groups: Groups) -> list[th.Tensor]:
-    """From each group's outputs, one agent's rows after another's, to each agent's."""
     found: dict[int, th.Tensor] = {}
-    for group, output in zip(groups, outputs, strict=True):
-        found.update(zip(group, output.chunk(len(group)) if len(group) > 1 else (output,), strict=True))
-    return [found[agent] for agent in sorted(found)]
+    for network, group in zip(networks, groups, strict=True):
+        if len(group) == 1:
+            found[group[0]] = network(inputs[group[0]])
+        else:
+            outputs = network(th.cat([inputs[agent] for agent in group]))
+            found.update(zip(group, outputs.chunk(len(group)), strict=True))
+    return [found[agent] for agent in range(len(inputs))]

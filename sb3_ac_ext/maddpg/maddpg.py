@@ -16,35 +16,37 @@ agent, delayed actors and smoothed targets make it MATD3 (Ackermann et al. 2019,
 
 import io
 import pathlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sb3_ac_ext.base.noise import ScaledNoise
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
 from sb3_ac_ext.base.typing import OffPolicyKwargs
+from sb3_ac_ext.engine import Network
 from sb3_ac_ext.envs.joint import JointEnv, is_multi_agent
 from sb3_ac_ext.envs.joint_spaces import ALONE, JointBox
-from sb3_ac_ext.functional.losses import smoothed_action, td_target
+from sb3_ac_ext.functional.losses import smoothed_action, td_errors, td_target
 from sb3_ac_ext.functional.multi_agent import active_mean, replace_agent_action
-from sb3_ac_ext.legacy.descent import Descent
-from sb3_ac_ext.legacy.flat_tensor import bind
-from sb3_ac_ext.maddpg import numpy_actor
 from sb3_ac_ext.maddpg.arguments import check_maddpg_arguments, check_normalisation
 from sb3_ac_ext.maddpg.buffer import JointReplayBuffer, JointTransitions
 from sb3_ac_ext.maddpg.networks import JointActor, JointCritic
 from sb3_ac_ext.maddpg.policies import MlpPolicy
 
 NETWORKS = ("actor", "critic", "actor_target", "critic_target")
+PRINTED = 33
+"""Characters of a key that SB3's logger prints behind its group; it cuts longer ones, and stops where two become the same."""
 
 
 class JointActorCritic(OffPolicyAlgorithm):
@@ -104,7 +106,8 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
     :param target_noise_clip: its largest absolute value, >= 0
     :param logit_penalty: weight of the mean square of an actor's outputs (before softmax or tanh) in its loss, >= 0; the
         authors' program has 1e-3
-    :param kwargs: `OffPolicyKwargs`; ``max_grad_norm`` bounds each agent's gradients by themselves
+    :param kwargs: `OffPolicyKwargs`, of which ``max_grad_norm`` bounds each agent's gradients by themselves; the other
+        arguments are those of SB3's DDPG
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for spaces or a combination of arguments that MADDPG cannot take
@@ -118,6 +121,24 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         policy: str | type[MlpPolicy],
         env: GymEnv | str,
         learning_rate: float | str | Schedule = 1e-3,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
         *,
         actor_learning_rate: float | str | Schedule | None = None,
         critic_learning_rate: float | str | Schedule | None = None,
@@ -126,10 +147,17 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         target_policy_noise: float = 0.0,
         target_noise_clip: float = 0.5,
         logit_penalty: float = 0.0,
-        _init_setup_model: bool = True,
         **kwargs: Unpack[OffPolicyKwargs],
     ) -> None:
-        super().__init__(policy, env, learning_rate, **kwargs)
+        super().__init__(
+            *(policy, env, learning_rate, buffer_size, learning_starts, batch_size, tau, gamma, train_freq, gradient_steps),
+            *(action_noise, replay_buffer_class, replay_buffer_kwargs, optimize_memory_usage, n_steps, policy_kwargs),
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            **kwargs,
+        )
         self.actor_learning_rate = actor_learning_rate
         self.critic_learning_rate = critic_learning_rate
         self.centralised = centralised
@@ -152,8 +180,6 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         if not self.centralised:
             self.policy_kwargs = {**self.policy_kwargs, "centralised": False}  # not in the caller's dict
         super()._setup_model()
-        for name in NETWORKS if self.engine else ():
-            bind([*getattr(self, name).parameters()])  # side by side in memory, where they can run as one
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """See SB3's ``BaseAlgorithm.set_env``."""
@@ -175,19 +201,26 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
             self._replay_buffer = None
             raise ValueError(f"the replay buffer must be a JointReplayBuffer, got a {type(buffer).__name__}")
 
+    def _networks(self) -> Mapping[str, Network]:
+        critic, actor = self.critic, self.actor
+        return {
+            "critic": self._network(
+                *("critic", critic, critic.optimizer, self.critic_target),
+                rate=self.critic_learning_rate,
+                clipped=critic.network_parameters(),
+            ),
+            "actor": self._network(
+                *("actor", actor, actor.optimizer, self.actor_target),
+                rate=self.actor_learning_rate,
+                clipped=actor.network_parameters(),
+            ),
+        }
+
     def _sample(self, batch_size: int) -> JointTransitions:  # type: ignore[override]
         buffer = self.replay_buffer
         assert isinstance(buffer, JointReplayBuffer)
-        return buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[return-value]
-
-    def _optimizers(self) -> dict[str, th.optim.Optimizer]:
-        return {"critic": self.critic.optimizer, "actor": self.actor.optimizer}
-
-    def _acting_obstacle(self) -> str | None:
-        return numpy_actor.obstacle(self.policy)
-
-    def _make_numpy_actor(self) -> numpy_actor.JointNumpyActor:
-        return numpy_actor.JointNumpyActor(self.policy)
+        batch: Any = buffer.sample(batch_size, env=self._vec_normalize_env)
+        return batch._replace(discounts=th.as_tensor(float(self.gamma), dtype=th.float64, device=self.device))  # type: ignore[no-any-return]
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """
@@ -197,27 +230,32 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         :param batch_size: joint transitions per update
         :raises NonFiniteError: if a loss or a parameter is NaN or infinite afterwards
         """
-        self._begin_updates()
-        for _ in range(gradient_steps):
-            self._n_updates += 1
-            self._run(self._update, self._sample(batch_size), self._n_updates % self.policy_delay == 0)
-        self._end_updates()
+        with self._updates() as engine:
+            for _ in range(gradient_steps):
+                self._n_updates += 1
+                engine.run(self._update, self._sample(batch_size), self._n_updates % self.policy_delay == 0)
 
-    def _update(self, batch: JointTransitions, actors_too: bool) -> None:
-        self._descend("critic", self._critic_loss, batch)
-        if actors_too:
-            self._descend("actor", self._actor_loss, batch)
-            self._follow("critic", self.tau)
-            self._follow("actor", self.tau)
+    def _update(self, batch: JointTransitions, delayed: bool) -> dict[str, th.Tensor]:
+        target = self._target(batch)  # (B, N)
+        values = self.critic(batch.observations, batch.actions)
+        critic_loss = self._critic_loss(values, target, batch)
+        self._engine.minimise(critic_loss, "critic")
+        outputs = {"critic_loss": critic_loss, "q": values[0].detach().mean()}
+        if batch.weights is not None:  # each transition's mean over the agents that took part in it
+            outputs["td_errors"] = active_mean(td_errors(values, target).T, batch.active.T).unsqueeze(1)
+        if delayed:
+            outputs["actor_loss"] = self._actor_loss(batch)
+            self._engine.minimise(outputs["actor_loss"], "actor")
+            self._engine.follow("critic", self.tau)
+            self._engine.follow("actor", self.tau)
+        return outputs
 
-    def _critic_loss(self, batch: JointTransitions) -> th.Tensor:
-        with th.no_grad():
-            next_actions = self._smoothed(self.actor_target(batch.next_observations))
-            next_q = th.stack(self.critic_target(batch.next_observations, next_actions)).amin(dim=0)  # (B, N)
-            target = td_target(batch.rewards, batch.dones, self.gamma, next_q)
-        streams = self.critic(batch.observations, batch.actions)
-        self._means.add("q", streams[0])
-        return th.stack([active_mean((q - target).square(), batch.active).sum() for q in streams]).sum()
+    @th.no_grad()
+    def _target(self, batch: JointTransitions) -> th.Tensor:
+        assert batch.discounts is not None
+        next_actions = self._smoothed(self.actor_target(batch.next_observations))
+        next_q = th.stack(self.critic_target(batch.next_observations, next_actions)).amin(dim=0)
+        return td_target(batch.rewards, batch.dones, batch.discounts, next_q)
 
     def _smoothed(self, actions: th.Tensor) -> th.Tensor:
         if self.target_policy_noise == 0:
@@ -225,7 +263,16 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         noise = th.empty_like(actions).normal_(0, self.target_policy_noise) * self.actor.continuous
         return smoothed_action(actions, noise, self.target_noise_clip)
 
+    @staticmethod
+    def _critic_loss(values: Sequence[th.Tensor], target: th.Tensor, batch: JointTransitions) -> th.Tensor:
+        """The sum over agents and their critics."""
+        squares = [(q - target).square() for q in values]
+        if batch.weights is not None:
+            squares = [batch.weights * square for square in squares]
+        return th.stack([active_mean(square, batch.active).sum() for square in squares]).sum()
+
     def _actor_loss(self, batch: JointTransitions) -> th.Tensor:
+        """The sum over agents; each agent's critic sees its present action, and the others' of the batch."""
         outputs = self.actor.outputs(batch.observations)  # (B, A)
         actions = replace_agent_action(self.actor.action_masks, self.actor.act(outputs), batch.actions)  # (N, B, A)
         loss = -active_mean(self.critic.q1_forward(batch.observations, actions), batch.active).sum()
@@ -233,12 +280,6 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
             squares = th.stack([part.square().mean(dim=1) for part in self.actor.by_agent(outputs)], dim=1)  # (B, N)
             loss = loss + self.logit_penalty * active_mean(squares, batch.active).sum()
         return loss
-
-    def _clip(self, network: str, descent: Descent, norm: th.Tensor) -> None:
-        """Bound each agent's gradient by itself: whoever has a large one does not slow the others down."""
-        for parameters in getattr(self, network).network_parameters():
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            clip_grads_with_norm_(parameters, self._max_grad_norms[network], get_total_norm(gradients))
 
     def _scaled_noise(self, action_noise: ActionNoise | None) -> ActionNoise | None:
         noise, discrete = super()._scaled_noise(action_noise), self.policy.discrete
@@ -249,8 +290,8 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
     ) -> None:
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         for returns in (info["agent_returns"] for info in infos if "agent_returns" in info):
-            for name, value in zip(self.policy.layout.names, returns, strict=True):
-                self.logger.record_mean(f"rollout/{name}_return", value)
+            for name, value in zip(return_keys(self.policy.layout.names), returns, strict=True):
+                self.logger.record_mean(f"rollout/{name}", value)
 
     def agent_actions(self, joint_action: np.ndarray) -> dict[str, Any]:
         """
@@ -282,3 +323,18 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         :param path: the file's name, ".pth" is added where there is no suffix
         """
         self.policy.agent(agent).save(path)
+
+
+def return_keys(names: Sequence[str]) -> list[str]:
+    """
+    What the agents' returns are logged under, distinct also where SB3's logger cuts them.
+
+    :param names: of the agents
+    :return: the keys, with the agent's number where the ends of names are cut that begin alike
+    """
+    keys = [f"{name}_return" for name in names]
+    printed = Counter(key if len(key) <= PRINTED else key[: PRINTED - 3] for key in keys)
+    return [
+        key if len(key) <= PRINTED or printed[key[: PRINTED - 3]] == 1 else f"{key[: PRINTED - 16]}...{agent}_return"
+        for agent, key in enumerate(keys)
+    ]

@@ -15,7 +15,6 @@ from torch import nn
 
 from sb3_ac_ext.envs.joint_spaces import Layout, size
 from sb3_ac_ext.functional.gumbel import gumbel_noise, gumbel_one_hot, one_hot_argmax
-from sb3_ac_ext.legacy.fused_mlp import FusedMLP
 from sb3_ac_ext.maddpg.groups import Groups, evaluate
 
 
@@ -78,13 +77,13 @@ class JointModel(BaseModel):
         self.features_dim = features_dim
         self.groups = groups
 
-    def networks(self) -> list[list[FusedMLP]]:
-        """For each group the networks that its agents share."""
+    def networks(self) -> list[nn.ModuleList]:
+        """Of each kind one network for each group."""
         raise NotImplementedError
 
     def network_parameters(self) -> list[list[nn.Parameter]]:
         """The parameters of each group, which no other group has."""
-        return [[parameter for mlp in mlps for parameter in mlp.parameters()] for mlps in self.networks()]
+        return [[p for mlp in mlps for p in mlp.parameters()] for mlps in zip(*self.networks(), strict=True)]
 
 
 class JointActor(JointModel):
@@ -112,13 +111,13 @@ class JointActor(JointModel):
         self.register_buffer("continuous", th.cat(box), persistent=False)
         self.mu = nn.ModuleList(self._network(group[0]) for group in self.groups)
 
-    def _network(self, agent: int) -> FusedMLP:
+    def _network(self, agent: int) -> nn.Sequential:
         inputs, outputs = size(self.layout.observations[agent]), size(self.layout.actions[agent])
-        return FusedMLP(*create_mlp(inputs, outputs, self.net_arch, self.activation_fn))
+        return nn.Sequential(*create_mlp(inputs, outputs, self.net_arch, self.activation_fn))
 
-    def networks(self) -> list[list[FusedMLP]]:
+    def networks(self) -> list[nn.ModuleList]:
         """See `JointModel.networks`."""
-        return [[mlp] for mlp in self.mu]  # type: ignore[list-item]
+        return [self.mu]
 
     def by_agent(self, joint: th.Tensor) -> list[th.Tensor]:
         """
@@ -133,9 +132,7 @@ class JointActor(JointModel):
         :return: ``(B, A)`` what `act` makes actions of: each agent's depends on its own observation only
         """
         features = self.extract_features(obs, self.features_extractor)
-        mlps = [mlp for shared in self.networks() for mlp in shared]
-        (found,) = evaluate([mlps], self.groups, [features[:, columns] for columns in self.layout.observations])
-        return th.cat(found, dim=1)
+        return th.cat(evaluate(self.mu, self.groups, [features[:, columns] for columns in self.layout.observations]), dim=1)
 
     def act(self, outputs: th.Tensor, deterministic: bool = False) -> th.Tensor:
         """
@@ -189,7 +186,7 @@ class JointCritic(JointModel):
         self.streams = [f"qf{k}" for k in range(n_critics)]
         for name in self.streams:
             mlps = (create_mlp(len(views[group[0]]), 1, self.net_arch, self.activation_fn) for group in self.groups)
-            self.add_module(name, nn.ModuleList(FusedMLP(*mlp) for mlp in mlps))
+            self.add_module(name, nn.ModuleList(nn.Sequential(*mlp) for mlp in mlps))
 
     def _view(self, agent: int, centralised: bool) -> list[int]:
         """The columns of joint features and actions that the agent's critic sees, in its order."""
@@ -202,23 +199,20 @@ class JointCritic(JointModel):
         parts = [features[self.layout.observations[i]] for i in agents] + [actions[self.layout.actions[i]] for i in agents]
         return [int(column) for part in parts for column in part]
 
-    def networks(self) -> list[list[FusedMLP]]:
+    def networks(self) -> list[nn.ModuleList]:
         """See `JointModel.networks`."""
-        return [list(streams) for streams in zip(*(getattr(self, name) for name in self.streams), strict=True)]
+        return [getattr(self, name) for name in self.streams]
 
-    def _inputs(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor | list[th.Tensor]:
+    def _inputs(self, obs: PyTorchObs, actions: th.Tensor) -> list[th.Tensor]:
+        """For each agent's critic what it sees, ``(B, D)``, of actions ``(B, A)`` or ``(N, B, A)``."""
         features = self.extract_features(obs, self.features_extractor)
         if actions.dim() == 3:
             features = features.expand(len(actions), *features.shape)
-        joint = th.cat([features, actions], dim=-1)  # (B, D) or (N, B, D)
+        joint = th.cat([features, actions], dim=-1)
+        joints = list(joint.unbind()) if joint.dim() == 3 else [joint] * len(self.layout)
         if self.sees_all_in_order:
-            return joint
-        joints = joint.unbind() if joint.dim() == 3 else [joint] * len(self.layout)  # not one by one: gradients join once
-        return [part.index_select(1, getattr(self, f"view{i}")) for i, part in enumerate(joints)]
-
-    def _values(self, streams: list[str], obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
-        networks = [list(getattr(self, name)) for name in streams]
-        return tuple(th.cat(values, dim=1) for values in evaluate(networks, self.groups, self._inputs(obs, actions)))
+            return joints
+        return [part.index_select(1, getattr(self, f"view{agent}")) for agent, part in enumerate(joints)]
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """
@@ -226,7 +220,8 @@ class JointCritic(JointModel):
         :param actions: ``(B, A)`` a of all agents
         :return: of each stream ``(B, N)`` Q of all agents
         """
-        return self._values(self.streams, obs, actions)
+        inputs = self._inputs(obs, actions)
+        return tuple(th.cat(evaluate(stream, self.groups, inputs), dim=1) for stream in self.networks())
 
     def q1_forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """
@@ -236,5 +231,4 @@ class JointCritic(JointModel):
         :param actions: ``(N, B, A)`` for each agent's critic a of all agents
         :return: ``(B, N)`` Q of all agents
         """
-        (q,) = self._values(self.streams[:1], obs, actions)
-        return q
+        return th.cat(evaluate(self.networks()[0], self.groups, self._inputs(obs, actions)), dim=1)

@@ -13,7 +13,7 @@ from sb3_ac_ext.envs.joint_spaces import Layout, agent_spaces, size
 from sb3_ac_ext.maddpg.agent import Agent
 from sb3_ac_ext.maddpg.groups import parse_groups
 from sb3_ac_ext.maddpg.networks import JointActor, JointCritic
-from sb3_ac_ext.validation import check_choice, check_number, check_switch
+from sb3_ac_ext.validation import check_number, check_switch
 
 
 class MlpPolicy(TD3Policy):
@@ -27,7 +27,7 @@ class MlpPolicy(TD3Policy):
         agents that share an actor and critics
     :param centralised: whether critics see all agents; the algorithm decides
     :param gumbel_temperature: of the relaxation of Discrete actions, > 0
-    :param n_critics: critics of each agent, 1 or 2
+    :param n_critics: critics of each agent, >= 1; targets are their smallest value
     :param kwargs: SB3's other arguments (net_arch, activation_fn, ...)
     :raises TypeError: if an argument has the wrong type
     :raises ValueError: if one is out of range
@@ -54,7 +54,7 @@ class MlpPolicy(TD3Policy):
     ) -> None:
         check_switch("centralised", centralised)
         check_number("gumbel_temperature", gumbel_temperature, low=1e-6)
-        check_choice("n_critics", n_critics, (1, 2))
+        check_number("n_critics", n_critics, low=1, integer=True)
         if features_extractor_class is not FlattenExtractor:
             raise ValueError(f"features_extractor_class must be FlattenExtractor, got {features_extractor_class}")
         self.layout = Layout.of(observation_space, action_space)
@@ -93,8 +93,9 @@ class MlpPolicy(TD3Policy):
         index = self.layout.index(agent)
         observation_space, action_space = (agent_spaces(space)[index] for space in (self.observation_space, self.action_space))
         group = next(number for number, members in enumerate(self.groups) if index in members)
-        name, (network, *_) = self.layout.names[index], self.actor.networks()[group]
-        return Agent(name, observation_space, action_space, self.actor.net_arch, self.actor.activation_fn, network)
+        network: Any = self.actor.mu[group]
+        name, net_arch, activation_fn = self.layout.names[index], self.actor.net_arch, self.actor.activation_fn
+        return Agent(name, observation_space, action_space, net_arch, activation_fn, network)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         names = ("parameter_sharing", "centralised", "gumbel_temperature")
