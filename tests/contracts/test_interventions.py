@@ -1,0 +1,349 @@
+"""
+Whatever is done to a model, by whom and when: training goes on as without the engine, and as with SB3.
+
+Each of the `interventions` happens after updates enough to be recorded and replayed, at a step drawn by a generator that its
+name seeds, so that nobody has picked it. A callback does it, the environment inside its ``step``, or another thread. What is
+compared is the parameters at every step, the optimizers, the numbers drawn, the calls of hooks, and `predict`.
+"""
+
+import io
+import itertools
+import random
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from interventions import INTERVENTIONS
+from models import ON_POLICY, SB3, environment, rows, small_model
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import CallbackList, EvalCallback, EveryNTimesteps
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.noise import NormalActionNoise
+from subjects import WAYS, Callback, Intervention, Outcome, Subject, assert_same, numbers, observe, train
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),  # gamma as an array, as SB3 takes it
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),  # global hooks, of first layers
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # the compiler looks at it
+]
+
+ATOL = 1e-5
+"""For float32 parameters that move by 0.1; nothing done, the engine's rounding is 30 times smaller."""
+
+
+@cache
+def touched(row: str, name: str, kind: bool | str) -> Outcome:
+    """Without the engine, or by SB3; who intervenes makes no difference to it."""
+    return train(row, kind, INTERVENTIONS[name])
+
+
+@cache
+def untouched(row: str, variant: str, changes: str, turns: int) -> Outcome:
+    """Without the engine, and nothing is done."""
+    same = next(case for case in INTERVENTIONS.values() if (case.variant, repr(case.changes)) == (variant, changes))
+    nothing = Intervention("nothing", lambda _: None, variant=variant, changes=same.changes, turns=turns)
+    return train(row, False, nothing)
+
+
+def expected_of(row: str, name: str) -> Outcome:
+    """What must come of it; that it acts, or does not, is as the table says."""
+    case = INTERVENTIONS[name]
+    other = untouched(row, case.variant, repr(case.changes), case.turns)
+    if not (case.acts or case.counts):
+        return other
+    outcome = touched(row, name, False)
+    assert outcome.error is case.error
+    assert bool(outcome.calls) == case.counts
+    if case.error is None:
+        pair = outcome.trajectory[-1], other.trajectory[-1]
+        acted = len(pair[0]) != len(pair[1]) or (pair[0] - pair[1]).abs().max() > 10 * ATOL
+        assert acted if case.acts else th.equal(*pair)
+    return outcome
+
+
+def crossed() -> list[Any]:
+    """
+    Every intervention in each row by everybody.
+
+    By default each is done by everybody, in two rows that are drawn; the others take more than a minute together.
+    """
+    found = []
+    for name, case in INTERVENTIONS.items():
+        drawn = random.Random(name).sample(case.rows, len(case.rows))
+        for row, way in itertools.product(drawn, case.ways):
+            default = row == drawn[WAYS.index(way) % 2 % len(drawn)]
+            found.append(pytest.param(row, name, way, id=f"{row}-{name}-{way}", marks=[] if default else pytest.mark.slow))
+    return found
+
+
+def against_sb3() -> list[Any]:
+    """Every intervention that acts, by default in one row that is drawn."""
+    found = []
+    for name, case in INTERVENTIONS.items():
+        drawn = random.Random(name).sample(case.rows, len(case.rows))
+        known = [row for row in drawn if row in SB3 and case.sb3 and case.acts]
+        for i, row in enumerate(known):
+            found.append(pytest.param(row, name, id=f"{row}-{name}", marks=pytest.mark.slow if i else []))
+    return found
+
+
+@pytest.mark.parametrize(("row", "name", "way"), crossed())
+def test_training_goes_on_as_without_the_engine(row: str, name: str, way: str) -> None:
+    case = INTERVENTIONS[name]
+    assert_same(train(row, True, case, way), expected_of(row, name), ATOL, case.steps(row))
+
+
+@pytest.mark.parametrize(("row", "name"), against_sb3())
+def test_without_the_engine_training_is_sb3s(row: str, name: str) -> None:
+    """Bit for bit. SB3 counts hooks on gradients more often: in the actor's update it computes those of the critic too."""
+    ours, theirs = touched(row, name, False), touched(row, name, "sb3")
+    assert ours.error is theirs.error is INTERVENTIONS[name].error
+    for step, (one, other) in enumerate(zip(ours.trajectory, theirs.trajectory, strict=True)):
+        assert th.equal(one, other), f"departs with the updates of step {step}; intervention: {INTERVENTIONS[name].steps(row)}"
+    assert ours.drawn == theirs.drawn
+    for prediction, wanted in zip(ours.predictions, theirs.predictions, strict=True):
+        np.testing.assert_array_equal(prediction, wanted)
+
+
+# Others whose code runs in between
+
+
+class Replay(ReplayBuffer):
+    """Tells its subject when it is asked."""
+
+    subject: Subject
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        self.subject.intervene_once()
+        return super().sample(*args, **kwargs)
+
+
+class Noise(NormalActionNoise):
+    """Tells its subject when it is asked."""
+
+    subject: Subject
+
+    def __call__(self) -> Any:
+        self.subject.intervene_once()
+        return super().__call__()
+
+
+class Writer(KVWriter):
+    """Tells its subject of every log."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+
+    def write(self, *args: Any, **kwargs: Any) -> None:
+        self.subject.intervene_once()
+
+    def close(self) -> None:
+        pass
+
+
+def by_the_schedule(subject: Subject) -> dict[str, Any]:
+    def rate(progress: float) -> float:
+        subject.intervene_once()
+        return 3e-3
+
+    subject.model.lr_schedule = rate
+    return {}
+
+
+def by_the_noise(subject: Subject) -> dict[str, Any]:
+    subject.model.action_noise = Noise(np.zeros(2), 0.1 * np.ones(2))
+    subject.model.action_noise.subject = subject
+    return {}
+
+
+def by_the_buffer(subject: Subject) -> dict[str, Any]:
+    subject.model.replay_buffer = Replay(200, subject.model.observation_space, subject.model.action_space)
+    subject.model.replay_buffer.subject = subject
+    return {}
+
+
+def by_the_logger(subject: Subject) -> dict[str, Any]:
+    subject.model.set_logger(Logger(None, [Writer(subject)]))
+    return {"log_interval": 1}
+
+
+def evaluation(subject: Subject, **kwargs: Any) -> EvalCallback:
+    return EvalCallback(environment(subject.row), n_eval_episodes=1, eval_freq=9, verbose=0, warn=False, **kwargs)
+
+
+def by_an_environment_for_evaluation(subject: Subject) -> dict[str, Any]:
+    """A callback of SB3 that itself leaves the model alone."""
+    callback = evaluation(subject)
+    env = callback.eval_env.envs[0].unwrapped
+    original = env.step
+
+    def step(action: Any) -> Any:
+        subject.intervene_once()
+        return original(action)
+
+    env.step = step
+    return {"callback": callback}
+
+
+def by_a_function(subject: Subject) -> dict[str, Any]:
+    def function(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        subject.intervene_once()
+        return True
+
+    return {"callback": function}
+
+
+def by_one_of_a_list(subject: Subject) -> dict[str, Any]:
+    return {"callback": [evaluation(subject), CallbackList([Callback(subject)])]}
+
+
+def now_and_then(subject: Subject) -> dict[str, Any]:
+    return {"callback": EveryNTimesteps(7, Once(subject))}
+
+
+def after_an_evaluation(subject: Subject) -> dict[str, Any]:
+    return {"callback": evaluation(subject, callback_after_eval=Once(subject))}
+
+
+class Once(Callback):
+    """Is not asked at every step."""
+
+    def _on_step(self) -> bool:
+        self.subject.intervene_once()
+        return True
+
+
+OTHERS = [
+    *(by_the_schedule, by_the_noise, by_the_buffer, by_the_logger, by_an_environment_for_evaluation),
+    *(by_a_function, by_one_of_a_list, now_and_then, after_an_evaluation),
+]
+REPRESENTATIVES = (
+    "new memory",
+    "shared memory",
+    "rate",
+    "max grad norm",
+    "other layer",
+    "betas",
+    "gradient hook",
+    "own activation",
+)
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda function: function.__name__)
+def test_it_does_not_matter_whose_code_it_is(other: Callable[[Subject], dict[str, Any]]) -> None:
+    """Memory that moves, and two other kinds that are drawn."""
+    generator = random.Random(other.__name__)
+    for name in ("new memory", *generator.sample(REPRESENTATIVES, 2)):
+        row = generator.choice(["td3x", "ddpgx", "sacx"])
+        outcomes = []
+        for engine in (True, False):
+            subject = Subject(row, engine, INTERVENTIONS[name], "other")
+            outcomes.append(observe(subject, subject.learn(INTERVENTIONS[name].length, **other(subject))))
+            assert subject.turn >= 1
+        assert_same(*outcomes, ATOL, f"{name} in {row}, {INTERVENTIONS[name].steps(row)}")
+
+
+@rows(*ON_POLICY)
+def test_between_calls_of_train(row: str) -> None:
+    """Nobody else's code runs there: the user's own."""
+    outcomes = []
+    for engine in (True, False):
+        subject = Subject(row, engine, INTERVENTIONS["new memory"], "other")
+        subject.learn(30)
+        for name in random.Random(row).sample(REPRESENTATIVES, 3):
+            INTERVENTIONS[name].do(subject)
+            subject.model.train(12, 8)
+            subject.trajectory.append(numbers(subject.model))
+        outcomes.append(observe(subject, None))
+    assert_same(*outcomes, ATOL)
+
+
+# One after another, and taken back
+
+
+def hooks_gone(subject: Subject) -> None:
+    while subject.hooks:
+        subject.hooks.pop().remove()
+
+
+def thawed(subject: Subject) -> None:
+    for parameter in [*subject.part("actor").parameters(), *subject.part("critic").parameters()]:
+        parameter.requires_grad_(True)
+
+
+def saved_and_loaded(subject: Subject) -> None:
+    hooks_gone(subject)
+    if not all(isinstance(optimizer, th.optim.Adam) for optimizer in subject.optimizers().values()):
+        return  # the file is for another optimizer than the one that a new model has
+    file, old = io.BytesIO(), subject.model
+    old.save(file)
+    file.seek(0)
+    subject.model = type(old).load(file, env=old.env, engine=old.engine)
+    if hasattr(old, "replay_buffer"):
+        subject.model.replay_buffer = old.replay_buffer
+    subject.model.set_logger(Logger(None, []))
+
+
+def other_gamma(subject: Subject) -> None:
+    subject.model.gamma = 0.9
+
+
+def own_gradients(subject: Subject) -> None:
+    layer = subject.layer("critic")
+    layer(th.ones(2, layer.in_features)).sum().backward()
+
+
+TAKEN_BACK = [hooks_gone, hooks_gone, thawed, thawed, saved_and_loaded, other_gamma, own_gradients]
+ANY_ROW = [
+    *("forward hook", "gradient hook", "frozen bias", "weights loaded", "everything set", "optimizers loaded", "new memory"),
+    *("edited in place", "no gradients", "other layer", "other activation", "own activation", "rate", "betas", "adam w"),
+]
+"""Also of the rows whose engine is another one."""
+NOT_IN_A_ROW = ("ac", "acktr", "reinforce")
+
+
+@rows(*NOT_IN_A_ROW)
+@pytest.mark.parametrize("sequence", range(3))
+def test_one_after_another(row: str, sequence: int) -> None:
+    pool = [*TAKEN_BACK, *(INTERVENTIONS[name].do for name in ANY_ROW)]
+    drawn = random.Random(f"{row} {sequence}").sample(pool, 5)
+    outcomes = []
+    for engine in (True, False):
+        subject = Subject(row, engine, Intervention("sequence", drawn[0]))
+        subject.learn(32)
+        for do in drawn:
+            do(subject)
+            subject.model.learn(32, reset_num_timesteps=False)
+            subject.trajectory.append(numbers(subject.model))
+        outcomes.append(Outcome(subject.trajectory) if row in ON_POLICY else observe(subject, None))
+    assert_same(*outcomes, 1e-4 if row in ON_POLICY else ATOL, [do.__name__ for do in drawn])
+
+
+# An argument that is set later is the constructor's
+
+
+@rows(*ON_POLICY)
+@pytest.mark.parametrize("engine", [True, False])
+@pytest.mark.parametrize(
+    ("name", "start", "value"),
+    [
+        ("max_grad_norm", None, 1e-2),
+        ("max_grad_norm", 1e-2, {"actor": 1e-3}),
+        ("max_grad_norm", {"actor": 1e-2}, None),
+        ("exploration_noise", {"type": "normal", "start": 0.5}, {"type": "normal", "start": 0.1, "end": 0.05, "steps": 30}),
+        ("gamma", 0.9, np.float32(0.5)),
+        ("tau", 0.1, th.tensor(0.5)),
+    ],
+    ids=str,
+)
+def test_setting_is_as_constructing(row: str, name: str, start: Any, value: Any, engine: bool) -> None:
+    constructed, late = small_model(row, engine=engine, **{name: value}), small_model(row, engine=engine, **{name: start})
+    setattr(late, name, value)
+    trained = []
+    for model in (constructed, late):
+        model.set_random_seed(0)
+        trained.append(numbers(model.learn(40)))
+    assert th.equal(*trained)

@@ -1,0 +1,272 @@
+"""Models that something happens to while they are trained, and what is seen of it."""
+
+import contextlib
+import copy
+import itertools
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch as th
+from models import ON_POLICY, SB3, environment, small_model
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.save_util import recursive_getattr
+from torch import nn
+
+WARM_UP, BEFORE, DRAWN, AFTER = 10, 18, 8, 18
+"""Steps without updates, with them before an intervention, those that its step is drawn from, and with updates after it."""
+TURN = 8
+"""Steps between the turns of an intervention that has several."""
+OFF_POLICY = ("td3x", "ddpgx", "sacx", "maddpg")
+ONE_AGENT = ("td3x", "ddpgx", "sacx")
+WAYS = ("callback", "thread", "environment")
+"""Who intervenes: a callback, the environment by another thread that it waits for, the environment itself."""
+
+
+class Subject:
+    """
+    A model, what happens to it, and what is seen of it.
+
+    :param kind: whether the engine is on, or "sb3" for SB3's class
+    :param way: who intervenes, of `WAYS`
+    """
+
+    def __init__(self, row: str, kind: bool | str, intervention: "Intervention", way: str = "callback") -> None:
+        self.row, self.kind, self.intervention, self.way = row, kind, intervention, way
+        env = environment(row, intervention.variant)
+        env.step = self.watched(env.step)
+        cls, own = (SB3[row], {}) if kind == "sb3" else (row, {"engine": kind})
+        self.model = small_model(cls, intervention.variant, env=env, **own, **intervention.arguments())
+        self.step = self.turn = 0
+        self.trajectory: list[th.Tensor] = []
+        self.calls: Counter[str] = Counter()
+        self.hooks: list[Any] = []
+        self.undo = contextlib.ExitStack()
+
+    # Who does it
+
+    def watched(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The environment's ``step``; in the parameters the updates that followed the step before are seen."""
+
+        def step(action: Any) -> Any:
+            result = original(action)
+            self.step += 1
+            self.trajectory.append(numbers(self.model))
+            if self.way == "environment":
+                self.intervene_if_due()
+            elif self.way == "thread":
+                in_another_thread(self.intervene_if_due)
+            return result
+
+        return step
+
+    def intervene_if_due(self) -> None:
+        if self.step in self.intervention.steps(self.row):
+            self.intervention.do(self)
+            self.turn += 1
+
+    def intervene_once(self) -> None:
+        """For those that are not asked at every step."""
+        if self.turn == 0 and self.step >= self.intervention.steps(self.row)[0]:
+            self.turn = -1  # whoever does it can be asked again while it is being done
+            self.intervention.do(self)
+            self.turn = 1
+
+    def learn(self, steps: int, **kwargs: Any) -> type[Exception] | None:
+        """Train; what is left set in the process is undone."""
+        with self.undo:
+            try:
+                self.model.learn(steps, **kwargs)
+            except Exception as error:
+                return type(error)
+        return None
+
+    # What it is done to
+
+    def part(self, name: str) -> Any:
+        """The actor or the critic; on-policy, layers of the policy and of the value."""
+        if self.row in ON_POLICY:
+            layers = self.model.policy.mlp_extractor
+            return {"actor": layers.policy_net, "critic": layers.value_net}[name]
+        return getattr(self.model, name)
+
+    def linear(self, name: str, which: int = 0) -> tuple[nn.Module, str]:
+        """The module that has the first or last linear layer of a network, and its name there."""
+        found = [
+            (parent, key)
+            for parent in self.part(name).modules()
+            for key, layer in parent.named_children()
+            if isinstance(layer, nn.Linear)
+        ]
+        return found[which]
+
+    def layer(self, name: str, which: int = 0) -> Any:
+        parent, key = self.linear(name, which)
+        return getattr(parent, key)
+
+    def activation(self, name: str) -> tuple[nn.Module, str]:
+        """The module that has the first activation of a network, and its name there."""
+        kinds = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU)
+        return next(
+            (parent, key)
+            for parent in self.part(name).modules()
+            for key, layer in parent.named_children()
+            if isinstance(layer, kinds)
+        )
+
+    def optimizers(self) -> dict[str, th.optim.Optimizer]:
+        """By the names that SB3 saves them under."""
+        return {name: recursive_getattr(self.model, name) for name in self.model.get_parameters() if name != "policy"}
+
+    def trains(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """Let the optimizers have another parameter in place of one."""
+        for optimizer in self.optimizers().values():
+            for group in optimizer.param_groups:
+                group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+            optimizer.state.pop(old, None)
+
+    def count(self, name: str, result: Any = None) -> Callable[..., Any]:
+        """A hook that is counted."""
+
+        def hook(*args: Any, **kwargs: Any) -> Any:
+            self.calls[name] += 1
+            return result(*args, **kwargs) if callable(result) else result
+
+        return hook
+
+
+def numbers(model: Any) -> th.Tensor:
+    """All parameters, buffers and the entropy coefficient."""
+    learned = getattr(model, "ent_coef_optimizer", None) is not None
+    values = [*model.policy.state_dict().values(), *([model.log_ent_coef] if learned else [])]
+    return th.cat([value.detach().flatten().float() for value in values])
+
+
+def in_another_thread(function: Callable[[], None]) -> None:
+    """Run it there, wait, and raise what it raised."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What is done to a subject."""
+
+    name: str
+    do: Callable[[Subject], None]
+    acts: bool = True
+    """Whether it changes what is learned."""
+    counts: bool = False
+    """Whether it counts calls of hooks."""
+    rows: tuple[str, ...] = OFF_POLICY
+    variant: str = "mlp"
+    changes: tuple[tuple[str, Any], ...] = ()
+    """Constructor arguments."""
+    sb3: bool = True
+    """Whether SB3's classes do the same, where the row has one."""
+    turns: int = 1
+    ways: tuple[str, ...] = WAYS
+    error: type[Exception] | None = None
+    """What training raises then."""
+
+    def arguments(self) -> dict[str, Any]:
+        return copy.deepcopy(dict(self.changes))
+
+    def steps(self, row: str) -> list[int]:
+        """When it happens."""
+        first = WARM_UP + BEFORE + random.Random(f"{row} {self.name}").randrange(DRAWN)
+        return [first + TURN * turn for turn in range(self.turns)]
+
+    @property
+    def length(self) -> int:
+        """Steps of the whole training."""
+        return WARM_UP + BEFORE + DRAWN + TURN * (self.turns - 1) + AFTER
+
+
+@dataclass(repr=False)
+class Outcome:
+    """What was seen."""
+
+    trajectory: list[th.Tensor] = field(default_factory=list)
+    parameters: dict[str, Any] = field(default_factory=dict)
+    predictions: list[np.ndarray] = field(default_factory=list)
+    drawn: list[float] = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=dict)
+    error: type[Exception] | None = None
+
+
+class Callback(BaseCallback):
+    """Intervenes when it is due."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__()
+        self.subject = subject
+
+    def _on_step(self) -> bool:
+        self.subject.intervene_if_due()
+        return True
+
+
+def observe(subject: Subject, error: type[Exception] | None) -> Outcome:
+    """Read everything, hooks being counted no more."""
+    model, calls = subject.model, dict(subject.calls)
+    outcome = Outcome(subject.trajectory, calls=calls, error=error)
+    if error is not None:
+        return outcome
+    outcome.trajectory.append(numbers(model))
+    outcome.drawn = [th.rand(1).item(), float(np.random.random()), random.random()]
+    outcome.parameters = copy.deepcopy({name: value for name, value in model.get_parameters().items() if name != "policy"})
+    observations = np.linspace(-1, 1, 3 * model.observation_space.shape[0], dtype=np.float32).reshape(3, -1)
+    for batch, deterministic in itertools.product((observations[0], observations), (True, False)):
+        th.manual_seed(1)
+        outcome.predictions.append(model.predict(batch, deterministic=deterministic)[0])
+    return outcome
+
+
+def train(row: str, kind: bool | str, case: Intervention, way: str = "callback") -> Outcome:
+    subject = Subject(row, kind, case, way)
+    callback = Callback(subject) if way == "callback" else None
+    return observe(subject, subject.learn(case.length, callback=callback))
+
+
+def assert_same_state(actual: Any, expected: Any, atol: float) -> None:
+    """Of optimizers: nested dicts and lists of tensors and anything else."""
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_same_state(actual[name], value, atol)
+    elif isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
+            assert_same_state(one, other, atol)
+    elif isinstance(expected, th.Tensor):
+        th.testing.assert_close(actual, expected, rtol=0, atol=atol)
+    else:
+        assert actual == expected
+
+
+def assert_same(actual: Outcome, expected: Outcome, atol: float, when: Any = "never") -> None:
+    assert actual.error is expected.error
+    for step, (one, other) in enumerate(zip(actual.trajectory, expected.trajectory, strict=True)):
+        departure = (one - other).abs().max().item() if len(one) == len(other) else float("inf")
+        assert departure <= atol, f"departs by {departure:.1e} with the updates of step {step}; intervention: {when}"
+    assert actual.calls == expected.calls
+    assert actual.drawn == expected.drawn
+    assert_same_state(actual.parameters, expected.parameters, atol)
+    for prediction, wanted in zip(actual.predictions, expected.predictions, strict=True):
+        np.testing.assert_allclose(prediction, wanted, rtol=0, atol=atol)
