@@ -11,30 +11,29 @@ TD3 with a twin-stream critic (Fujimoto et al. 2018, "Addressing Function Approx
             targets: theta_target <- tau theta + (1 - tau) theta_target
 """
 
-from typing import ClassVar, Unpack
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
 
 import torch as th
 from stable_baselines3 import TD3
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import polyak_update
-from stable_baselines3.td3.policies import Actor, TD3Policy
+from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
 from sb3_ac_ext.base.typing import OffPolicyKwargs
 from sb3_ac_ext.buffers.replay import Transitions
-from sb3_ac_ext.functional.losses import smoothed_action, td_target, twin_mse
-from sb3_ac_ext.legacy import numpy_actor
-from sb3_ac_ext.networks.critics import TwinStreamCritic
-from sb3_ac_ext.networks.policies import DeterministicPolicy, ForDicts, ForImages, TwinStreamPolicy
+from sb3_ac_ext.engine import Network
+from sb3_ac_ext.functional.losses import smoothed_action, squared_error, td_errors, td_target
+from sb3_ac_ext.networks.policies import CriticPolicy, ForDicts, ForImages
 from sb3_ac_ext.validation import check_number
 
 
-class MlpPolicy(TwinStreamPolicy, DeterministicPolicy):
-    """SB3's TD3 policy with the twin-stream critic, see `TwinStreamPolicy`."""
-
-    critic: TwinStreamCritic  # type: ignore[assignment]
-    critic_target: TwinStreamCritic  # type: ignore[assignment]
+class MlpPolicy(CriticPolicy, TD3Policy):
+    """SB3's TD3 policy; the critic's streams can be normalised, see `CriticPolicy`."""
 
 
 class CnnPolicy(ForImages, MlpPolicy):
@@ -62,7 +61,7 @@ class TD3X(OffPolicyMixin, TD3):
     :param policy_delay: critic updates per update of actor and targets, >= 1
     :param target_policy_noise: sigma, std of the smoothing noise in the scaled action space, >= 0
     :param target_noise_clip: c, its largest absolute value, >= 0
-    :param kwargs: `OffPolicyKwargs`
+    :param kwargs: `OffPolicyKwargs`; the other arguments are SB3's
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for spaces that TD3 cannot take
@@ -75,30 +74,44 @@ class TD3X(OffPolicyMixin, TD3):
         "MultiInputPolicy": MultiInputPolicy,
     }
     policy: MlpPolicy
-    critic: TwinStreamCritic  # type: ignore[assignment]
-    critic_target: TwinStreamCritic  # type: ignore[assignment]
 
     def __init__(
         self,
         policy: str | type[TD3Policy],
         env: GymEnv | str,
         learning_rate: float | str | Schedule = 1e-3,
-        *,
-        actor_learning_rate: float | str | Schedule | None = None,
-        critic_learning_rate: float | str | Schedule | None = None,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
         policy_delay: int = 2,
         target_policy_noise: float = 0.2,
         target_noise_clip: float = 0.5,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
         _init_setup_model: bool = True,
+        *,
+        actor_learning_rate: float | str | Schedule | None = None,
+        critic_learning_rate: float | str | Schedule | None = None,
         **kwargs: Unpack[OffPolicyKwargs],
     ) -> None:
         super().__init__(
-            policy,
-            env,
-            learning_rate,
-            policy_delay=policy_delay,
-            target_policy_noise=target_policy_noise,
-            target_noise_clip=target_noise_clip,
+            *(policy, env, learning_rate, buffer_size, learning_starts, batch_size, tau, gamma, train_freq, gradient_steps),
+            *(action_noise, replay_buffer_class, replay_buffer_kwargs, optimize_memory_usage, n_steps, policy_delay),
+            *(target_policy_noise, target_noise_clip, stats_window_size, tensorboard_log, {**(policy_kwargs or {})}),
+            *(verbose, seed, device),
             _init_setup_model=False,
             **kwargs,
         )
@@ -113,11 +126,12 @@ class TD3X(OffPolicyMixin, TD3):
         check_number("target_policy_noise", self.target_policy_noise, low=0)
         check_number("target_noise_clip", self.target_noise_clip, low=0)
 
-    def _optimizers(self) -> dict[str, th.optim.Optimizer]:
-        return {"critic": self.critic.optimizer, "actor": self.actor.optimizer}
-
-    def _acting_obstacle(self) -> str | None:
-        return numpy_actor.obstacle(self.policy, self.policy_aliases.values(), Actor)
+    def _networks(self) -> Mapping[str, Network]:
+        critic, actor = self.critic, self.actor
+        return {
+            "critic": self._network("critic", critic, critic.optimizer, self.critic_target, rate=self.critic_learning_rate),
+            "actor": self._network("actor", actor, actor.optimizer, self.actor_target, rate=self.actor_learning_rate),
+        }
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """
@@ -127,34 +141,34 @@ class TD3X(OffPolicyMixin, TD3):
         :param batch_size: transitions per update
         :raises NonFiniteError: if a loss or a parameter is NaN or infinite afterwards
         """
-        self._begin_updates()
-        for _ in range(gradient_steps):
-            self._n_updates += 1
-            self._run(self._update, self._sample(batch_size), self._n_updates % self.policy_delay == 0)
-        self._end_updates()
+        with self._updates() as engine:
+            for _ in range(gradient_steps):
+                self._n_updates += 1
+                engine.run(self._update, self._sample(batch_size), self._n_updates % self.policy_delay == 0)
 
-    def _update(self, batch: Transitions, actor_too: bool) -> None:
-        self._descend("critic", self._critic_loss, batch)
-        if actor_too:
-            self._descend("actor", self._actor_loss, batch)
+    def _update(self, batch: Transitions, delayed: bool) -> dict[str, th.Tensor]:
+        target = self._target(batch)  # (B, 1)
+        values = self.critic(batch.observations, batch.actions)
+        critic_loss = squared_error(values, target, batch.weights)
+        self._engine.minimise(critic_loss, "critic")
+        outputs = {"critic_loss": critic_loss, **self._means_of(values)}
+        if batch.weights is not None:
+            outputs["td_errors"] = td_errors(values, target)
+        if delayed:
+            outputs["actor_loss"] = -self.critic.q1_forward(batch.observations, self.actor(batch.observations)).mean()
+            self._engine.minimise(outputs["actor_loss"], "actor")
             self._update_targets()
+        return outputs
 
-    def _critic_loss(self, batch: Transitions) -> th.Tensor:
-        with th.no_grad():
-            noise = th.empty_like(batch.actions).normal_(0, self.target_policy_noise)
-            next_actions = smoothed_action(self.actor_target(batch.next_observations), noise, self.target_noise_clip)
-            next_q = th.min(*self.critic_target(batch.next_observations, next_actions))  # (B, 1)
-            target = td_target(batch.rewards, batch.dones, batch.discounts, next_q)
-        q_a, q_b = self.critic(batch.observations, batch.actions)
-        self._means.add("q_a", q_a)
-        self._means.add("q_b", q_b)
-        return twin_mse(q_a, q_b, target)
-
-    def _actor_loss(self, batch: Transitions) -> th.Tensor:
-        return -self.critic.q1_forward(batch.observations, self.actor(batch.observations)).mean()
+    @th.no_grad()
+    def _target(self, batch: Transitions) -> th.Tensor:
+        noise = th.empty_like(batch.actions).normal_(0, self.target_policy_noise)
+        next_actions = smoothed_action(self.actor_target(batch.next_observations), noise, self.target_noise_clip)
+        next_q = th.cat(self.critic_target(batch.next_observations, next_actions), dim=1).amin(dim=1, keepdim=True)
+        return td_target(batch.rewards, batch.dones, batch.discounts, next_q)
 
     def _update_targets(self) -> None:
-        self._follow("critic", self.tau)
-        self._follow("actor", self.tau)
+        self._engine.follow("critic", self.tau)
+        self._engine.follow("actor", self.tau)
         polyak_update(self.critic_batch_norm_stats, self.critic_batch_norm_stats_target, 1.0)
         polyak_update(self.actor_batch_norm_stats, self.actor_batch_norm_stats_target, 1.0)

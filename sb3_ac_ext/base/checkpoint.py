@@ -6,6 +6,7 @@ import pathlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, BinaryIO, ClassVar, Self
 
 import numpy as np
@@ -19,10 +20,11 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import nn
 
 from sb3_ac_ext.base.typing import constructor_keys
-from sb3_ac_ext.legacy.descent import parameters_of
 from sb3_ac_ext.validation import check_keys
 
 RandomState = dict[str, Any]
+changed_by_load: ContextVar[frozenset[str]] = ContextVar("changed_by_load", default=frozenset())
+"""The arguments that the `load` which is running was given."""
 
 
 def random_state(action_space: spaces.Space[Any], device: th.device) -> RandomState:
@@ -68,6 +70,14 @@ def _encode(state: th.Tensor) -> str:
 
 def _decode(text: str) -> th.Tensor:
     return th.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
+
+
+def parameters_of(optimizer: th.optim.Optimizer) -> list[nn.Parameter]:
+    """
+    :param optimizer: an optimizer
+    :return: everything that it changes
+    """
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def split_optimizer_state(state: dict[str, Any], shares: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
@@ -131,8 +141,6 @@ class CheckpointMixin(BaseAlgorithm):
 
     sb3_class: ClassVar[type[BaseAlgorithm]]
     """The SB3 algorithm whose zips load; its policy classes stand for ours of the same alias."""
-    joint_optimizers: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """Each optimizer of the SB3 algorithm that is several here, an attribute of what has its parameters: their attributes."""
     _random_state: RandomState | None = None
     """States of a loaded checkpoint that training has not taken up yet."""
 
@@ -178,14 +186,19 @@ class CheckpointMixin(BaseAlgorithm):
             _, parameters, _ = load_from_zip_file(parameters, device=device, load_data=False)
         super().set_parameters(self._translated_parameters(parameters), exact_match, device)
 
+    def _joint_optimizers(self) -> dict[str, tuple[str, ...]]:
+        """Each optimizer of the SB3 algorithm that is several here, an attribute of what has its parameters: their attributes."""
+        return {}
+
     def _translated_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """
         :param parameters: of this class or of `sb3_class`, by the names of their attributes; not changed
         :return: the same by our names
         """
         translated = dict(parameters)
-        for joint in self.joint_optimizers.keys() & translated.keys():
-            optimizers = {name: recursive_getattr(self, name, None) for name in self.joint_optimizers[joint]}
+        several = self._joint_optimizers()
+        for joint in several.keys() & translated.keys():
+            optimizers = {name: recursive_getattr(self, name, None) for name in several[joint]}
             parts = {name: [*map(id, parameters_of(part))] for name, part in optimizers.items() if part is not None}
             if parts.keys() <= translated.keys():
                 continue
@@ -228,7 +241,11 @@ class CheckpointMixin(BaseAlgorithm):
         check_keys(f"{cls.__name__}.load()", kwargs, (constructor_keys(cls) | load_arguments) - {"policy"})
         if "stats_window_size" in kwargs:
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
-        model = super().load(path, *args, **kwargs)
+        token = changed_by_load.set(frozenset(kwargs))
+        try:
+            model = super().load(path, *args, **kwargs)
+        finally:
+            changed_by_load.reset(token)
         if "seed" in kwargs:
             model._random_state = None
         return model

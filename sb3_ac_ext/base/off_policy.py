@@ -1,12 +1,14 @@
 """What the off-policy algorithms share besides the updates: replay buffer, exploration, argument checks."""
 
-import copy
 import io
 import pathlib
-from collections.abc import Iterable
+import string
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
+import torch as th
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -17,11 +19,11 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from sb3_ac_ext.base.arguments import check_off_policy_arguments
 from sb3_ac_ext.base.checkpoint import CheckpointMixin, atomic_file
 from sb3_ac_ext.base.noise import NoiseSchedule, ScaledNoise
+from sb3_ac_ext.base.training import TrainingMixin
 from sb3_ac_ext.base.typing import constructor_keys
 from sb3_ac_ext.buffers import replay
 from sb3_ac_ext.buffers.replay import Transitions
-from sb3_ac_ext.legacy.acting import ActingMixin
-from sb3_ac_ext.legacy.participants import is_passive
+from sb3_ac_ext.engine import Engine
 from sb3_ac_ext.validation import check_keys, translated_assertions
 
 AUTOMATIC_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
@@ -31,7 +33,16 @@ MADE_ON_DEMAND: Any = object()
 """Stands for the buffer while SB3 sets a model up, which allocates one where it finds none."""
 
 
-class OffPolicyMixin(ActingMixin, CheckpointMixin, OffPolicyAlgorithm):
+def critic_names(number: int) -> list[str]:
+    """
+    :param number: of critics
+    :return: what they are called in logs and arguments: "q" if there is one, else "q_a", "q_b", ..., "q_z", "q_a1", ...
+    """
+    letters = [string.ascii_lowercase[k % 26] + (str(k // 26) if k >= 26 else "") for k in range(number)]
+    return ["q"] if number == 1 else [f"q_{letter}" for letter in letters]
+
+
+class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
     """Goes before the SB3 class: ``class TD3X(OffPolicyMixin, TD3)``."""
 
     def __init__(
@@ -45,10 +56,9 @@ class OffPolicyMixin(ActingMixin, CheckpointMixin, OffPolicyAlgorithm):
     ) -> None:
         check_keys(f"{type(self).__name__}()", kwargs, constructor_keys(type(self)) | {"_init_setup_model"})
         self._replay_buffer: ReplayBuffer | None = None
-        self._samplers: dict[tuple[int, float], replay.Sampler] = {}
+        self._sampler: tuple[int, replay.Sampler] | None = None
         self._noise: NoiseSchedule | None = None
         self._noise_steps = 0
-        kwargs["policy_kwargs"] = copy.copy(kwargs.get("policy_kwargs"))  # SB3 writes into it
         with translated_assertions(self):
             super().__init__(*args, **kwargs)
         self.max_grad_norm = max_grad_norm
@@ -69,7 +79,7 @@ class OffPolicyMixin(ActingMixin, CheckpointMixin, OffPolicyAlgorithm):
         if self.exploration_noise is not None:
             self._noise = NoiseSchedule.parse(self.exploration_noise)
             self.action_noise = self._noise.unit_process(self.action_space.shape or ())
-        self._setup_updates()
+        self._setup_engine()
 
     def _check_arguments(self) -> None:
         """
@@ -121,14 +131,22 @@ class OffPolicyMixin(ActingMixin, CheckpointMixin, OffPolicyAlgorithm):
     def _sample(self, batch_size: int) -> Transitions:
         buffer = self.replay_buffer
         assert buffer is not None
+        discounts = th.as_tensor(float(self.gamma), dtype=th.float64, device=self.device)
         if self.engine and replay.obstacle(buffer, self._vec_normalize_env) is None:
-            key = batch_size, self.gamma
-            if key not in self._samplers:
-                self._samplers[key] = replay.Sampler(buffer, *key)
-            return self._samplers[key](buffer)
+            if self._sampler is None or self._sampler[0] != batch_size:
+                self._sampler = batch_size, replay.Sampler(buffer, batch_size)
+            return self._sampler[1](buffer, discounts)
         batch = buffer.sample(batch_size, env=self._vec_normalize_env)
-        discounts = self.gamma if batch.discounts is None else batch.discounts
+        discounts = discounts if batch.discounts is None else batch.discounts
         return Transitions(batch.observations, batch.actions, batch.next_observations, batch.dones, batch.rewards, discounts)
+
+    @staticmethod
+    def _means_of(values: Sequence[th.Tensor]) -> dict[str, th.Tensor]:
+        """
+        :param values: ``(B, 1)`` of each critic
+        :return: what is logged of them: the mean of each
+        """
+        return {name: value.detach().mean() for name, value in zip(critic_names(len(values)), values, strict=True)}
 
     def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """See `CheckpointMixin.save`; ``include=["replay_buffer"]`` puts the buffer into the zip."""
@@ -163,7 +181,7 @@ class OffPolicyMixin(ActingMixin, CheckpointMixin, OffPolicyAlgorithm):
             )
 
     def engine_report(self) -> dict[str, str]:
-        """See `UpdateMixin.engine_report`."""
+        """See `TrainingMixin.engine_report`."""
         buffer = self._replay_buffer or self.replay_buffer_class  # do not make one to report on it
         sampling = replay.obstacle(buffer, self._vec_normalize_env) if self.engine else "engine=False"
         return {
@@ -199,15 +217,15 @@ class OffPolicyMixin(ActingMixin, CheckpointMixin, OffPolicyAlgorithm):
         super()._on_step()
         self._noise_steps += self.n_envs
 
-    def _begin_updates(self) -> None:
+    @contextmanager
+    def _updates(self) -> Iterator[Engine]:
+        """See `TrainingMixin._updates`."""
         self._restore_random_state()
-        super()._begin_updates()
-
-    def _end_updates(self) -> None:
-        std = self._exploration_std()
-        if std is not None:
-            self.logger.record("train/exploration_std", std)
-        super()._end_updates()
+        with super()._updates() as engine:
+            yield engine
+            std = self._exploration_std()
+            if std is not None:
+                self.logger.record("train/exploration_std", std)
 
     def learn(
         self,
@@ -221,22 +239,13 @@ class OffPolicyMixin(ActingMixin, CheckpointMixin, OffPolicyAlgorithm):
         """
         Train; see SB3's ``OffPolicyAlgorithm.learn``.
 
-        What a callback changes about the model is followed at once, what the environment changes while it steps at the next
-        call, unless there is a callback of your own too.
-
         :param tb_log_name: name of the TensorBoard run, the class name by default
         """
         name = type(self).__name__ if tb_log_name is None else tb_log_name
-        self._capture.settled, self._alone = False, is_passive(callback)
-        try:
-            return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
-        finally:
-            if self._undisturbed:
-                self.policy.set_training_mode(True)  # as `train` leaves it
-            self._alone = False
+        return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
-        derived = ["_replay_buffer", "_samplers", "_noise"]
+        derived = ["_replay_buffer", "_sampler", "_noise"]
         if self._noise is not None:
             derived.append("action_noise")
         return [*super()._excluded_save_params(), *derived]

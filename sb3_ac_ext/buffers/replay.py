@@ -7,8 +7,6 @@ import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_ac_ext.legacy.capture import Lasting
-
 
 class Transitions(NamedTuple):
     """A batch of B transitions, as SB3's replay buffers sample it but with the discounts always there."""
@@ -23,8 +21,10 @@ class Transitions(NamedTuple):
     """``(B, 1)`` 1 where the episode terminated, 0 where it goes on or was truncated."""
     rewards: th.Tensor
     """``(B, 1)`` r, or the discounted sum of n of them."""
-    discounts: th.Tensor | float
-    """gamma, or ``(B, 1)`` gamma to the number of summed rewards."""
+    discounts: th.Tensor
+    """``()`` gamma, or ``(B, 1)`` gamma to the number of summed rewards."""
+    weights: th.Tensor | None = None
+    """``(B, 1)`` of the squared errors, if a prioritised buffer gives some."""
 
 
 def obstacle(buffer: ReplayBuffer | type[ReplayBuffer] | None, normalizer: Any) -> str | None:
@@ -43,56 +43,48 @@ def obstacle(buffer: ReplayBuffer | type[ReplayBuffer] | None, normalizer: Any) 
     return "optimize_memory_usage=True" if getattr(buffer, "optimize_memory_usage", False) else None
 
 
-class LastingTransitions(Transitions, Lasting):
-    """Transitions in memory that the next sample fills anew."""
-
-    __slots__ = ()
-
-
 class Sampler:
     """
     What ``ReplayBuffer.sample`` returns, from the same random numbers, in a fifth of the time: one gather an array.
 
     :param buffer: SB3's own buffer, with a next observation for each
     :param batch_size: B
-    :param gamma: the discount factor
     """
 
-    def __init__(self, buffer: ReplayBuffer, batch_size: int, gamma: float) -> None:
+    def __init__(self, buffer: ReplayBuffer, batch_size: int) -> None:
         def memory(array: np.ndarray, shape: tuple[int, ...]) -> th.Tensor:
             return th.from_numpy(np.empty((batch_size, *shape), array.dtype))
 
-        self._batch = LastingTransitions(
+        self._tensors = (
             memory(buffer.observations, buffer.obs_shape),
             memory(buffer.actions, (buffer.action_dim,)),
             memory(buffer.next_observations, buffer.obs_shape),
             memory(buffer.dones, (1,)),
             memory(buffer.rewards, (1,)),
-            gamma,
         )
         self._truncated = memory(buffer.timeouts, (1,))
 
-    def __call__(self, buffer: ReplayBuffer) -> Transitions:
+    def __call__(self, buffer: ReplayBuffer, discounts: th.Tensor) -> Transitions:
         """
         :param buffer: a buffer for the same spaces
+        :param discounts: ``()`` gamma
         :return: transitions from it, dones without truncations; on a CPU always in the same memory
         """
         size = len(self._truncated)
         rows = np.random.randint(0, buffer.size(), size=size)  # noqa: NPY002 (SB3's stream)
         rows = rows * buffer.n_envs + np.random.randint(0, high=buffer.n_envs, size=size)  # noqa: NPY002 (the same)
 
-        def gather(array: np.ndarray, memory: Any) -> np.ndarray:
+        def gather(array: np.ndarray, memory: th.Tensor) -> np.ndarray:
             # from a view, as (steps, environments, ...) is contiguous; "raise" would go through other memory
             return array.reshape(-1, *memory.shape[1:]).take(rows, axis=0, out=memory.numpy(), mode="clip")
 
-        batch = self._batch
-        gather(buffer.observations, batch.observations)
-        gather(buffer.actions, batch.actions)
-        gather(buffer.next_observations, batch.next_observations)
-        dones = gather(buffer.dones, batch.dones)
-        dones *= 1 - gather(buffer.timeouts, self._truncated)
-        gather(buffer.rewards, batch.rewards)
+        observations, actions, next_observations, dones, rewards = self._tensors
+        gather(buffer.observations, observations)
+        gather(buffer.actions, actions)
+        gather(buffer.next_observations, next_observations)
+        terminated = gather(buffer.dones, dones)
+        terminated *= 1 - gather(buffer.timeouts, self._truncated)
+        gather(buffer.rewards, rewards)
         if buffer.device.type == "cpu":
-            return batch
-        tensors: Any = batch[:-1]
-        return Transitions._make((*(tensor.to(buffer.device) for tensor in tensors), batch.discounts))
+            return Transitions(*self._tensors, discounts)
+        return Transitions(*(tensor.to(buffer.device) for tensor in self._tensors), discounts)

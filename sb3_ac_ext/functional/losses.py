@@ -1,5 +1,8 @@
 """Targets and losses of the actor-critic family. B is the batch size, A the action dimension."""
 
+import functools
+from collections.abc import Iterable, Sequence
+
 import torch as th
 from torch.nn import functional as F
 
@@ -35,16 +38,32 @@ def td_target(reward: th.Tensor, done: th.Tensor, discount: th.Tensor | float, n
     return reward + (1 - done) * discount * next_value
 
 
-def twin_mse(q_a: th.Tensor, q_b: th.Tensor, target: th.Tensor) -> th.Tensor:
+def squared_error(values: Iterable[th.Tensor], target: th.Tensor, weights: th.Tensor | None = None) -> th.Tensor:
     """
-    Sum of the two streams' mean squared errors (Fujimoto et al. 2018, Algorithm 1; no factor 1/2).
+    Sum over critics of the mean squared error (Fujimoto et al. 2018, Algorithm 1; no factor 1/2).
 
-    :param q_a: ``(B, 1)`` first stream
-    :param q_b: ``(B, 1)`` second stream
-    :param target: ``(B, 1)`` shared target, without gradient
-    :return: scalar
+        sum_k mean w (Q_k - y)^2
+
+    :param values: ``(B, 1)`` of each critic
+    :param target: ``(B, 1)`` y, shared, without gradient
+    :param weights: ``(B, 1)`` w, importance weights of a prioritised replay buffer (Schaul et al. 2016, arXiv:1511.05952,
+        section 3.4); None for 1
+    :return: ``()`` loss
     """
-    return F.mse_loss(q_a, target) + F.mse_loss(q_b, target)
+    if weights is None:
+        return functools.reduce(th.add, [F.mse_loss(value, target) for value in values])
+    return functools.reduce(th.add, [(weights * (value - target).square()).mean() for value in values])
+
+
+def td_errors(values: Sequence[th.Tensor], target: th.Tensor) -> th.Tensor:
+    """
+    What a prioritised replay buffer makes priorities of: the mean over critics of |Q_k - y|.
+
+    :param values: ``(B, 1)`` of each critic
+    :param target: ``(B, 1)`` y, shared
+    :return: ``(B, 1)``, without gradient
+    """
+    return (th.stack(list(values)) - target).detach().abs().mean(dim=0)
 
 
 def soft_value(q: th.Tensor, log_prob: th.Tensor, ent_coef: th.Tensor | float) -> th.Tensor:

@@ -18,7 +18,6 @@ from sb3_ac_ext.legacy.means import TensorMeans
 from sb3_ac_ext.legacy.participants import Participants, modules_in
 from sb3_ac_ext.legacy.tape import Tape
 from sb3_ac_ext.legacy.workspace import Workspace
-from sb3_ac_ext.networks.critics import TwinStreamCritic
 from sb3_ac_ext.validation import NonFiniteError, check_mapping, check_number, check_switch
 
 Batch = TypeVar("Batch")
@@ -75,8 +74,6 @@ class UpdateMixin(BaseAlgorithm):
         for module in self.policy.modules():
             if isinstance(module, Fused):
                 module.fused = self.engine
-            if isinstance(module, TwinStreamCritic) and self.engine:
-                module.lay_out()
         self._descents = {}
         self._look_around()
 

@@ -91,9 +91,6 @@ class PPOX(OnPolicyMixin, PPO):
 
     sb3_class = PPO
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICIES
-    joint_optimizers: ClassVar[dict[str, tuple[str, ...]]] = {
-        "policy.optimizer": ("policy.optimizer", "policy.value_optimizer"),
-    }
     policy: MlpPolicy
 
     def __init__(
@@ -325,6 +322,9 @@ class PPOX(OnPolicyMixin, PPO):
         if self._kls:
             self.logger.record("train/approx_kl", float(sum(self._kls) / len(self._kls)))
         super()._end_updates()
+
+    def _joint_optimizers(self) -> dict[str, tuple[str, ...]]:
+        return {"policy.optimizer": ("policy.optimizer", "policy.value_optimizer")}
 
     def _translated_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
         if "policy.value_optimizer" in parameters and not self.separate_phases:

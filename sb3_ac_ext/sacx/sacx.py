@@ -15,37 +15,39 @@ With ``value_network=True`` (Haarnoja et al. 2018, arXiv:1801.01290, Algorithm 1
         y = r + gamma (1 - d) V_target(s')
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Unpack
 
+import numpy as np
 import torch as th
 from stable_baselines3 import SAC
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
-from stable_baselines3.sac.policies import Actor, SACPolicy
+from stable_baselines3.sac.policies import SACPolicy
+from torch import nn
 from torch.nn import functional as F
 
-from sb3_ac_ext.base.off_policy import OffPolicyMixin
+from sb3_ac_ext.base.checkpoint import changed_by_load
+from sb3_ac_ext.base.off_policy import OffPolicyMixin, critic_names
 from sb3_ac_ext.base.typing import OffPolicyKwargs
 from sb3_ac_ext.buffers.replay import Transitions
-from sb3_ac_ext.functional.losses import ent_coef_loss, soft_value, td_target, twin_mse
-from sb3_ac_ext.legacy import numpy_actor
-from sb3_ac_ext.legacy.fused_mlp import FusedMLP
-from sb3_ac_ext.networks.critics import TwinStreamCritic
+from sb3_ac_ext.engine import Network
+from sb3_ac_ext.functional.gaussian import squashed_gaussian
+from sb3_ac_ext.functional.losses import ent_coef_loss, soft_value, squared_error, td_errors, td_target
 from sb3_ac_ext.sacx.arguments import check_sacx_arguments, parse_ent_coef
 from sb3_ac_ext.sacx.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 
 
-class SoftBatch(NamedTuple):
-    """A batch and what the losses of its update share."""
+class PolicySample(NamedTuple):
+    """What the policy does at the observations of a batch; all losses of an update share it."""
 
-    transitions: Transitions
     actions: th.Tensor
     """``(B, A)`` a_pi ~ pi(s), with gradient."""
     log_prob: th.Tensor
     """``(B, 1)`` log pi(a_pi|s), with gradient."""
-    ent_coef: th.Tensor
-    """alpha before the update, ``()`` or ``(1,)``."""
 
 
 class SACX(OffPolicyMixin, SAC):
@@ -64,6 +66,7 @@ class SACX(OffPolicyMixin, SAC):
     :param actor_learning_rate: rate of the actor instead
     :param q_a_learning_rate: rate of Q_a instead; a features extractor of the critic's own keeps ``learning_rate``
     :param q_b_learning_rate: rate of Q_b instead
+    :param q_learning_rates: rates of any of the critics by their names, "q_a", "q_b", "q_c", ... ("q" if there is only one)
     :param value_learning_rate: rate of V instead; only with ``value_network``
     :param ent_coef_learning_rate: rate of log alpha instead; only with an automatic ``ent_coef``
     :param ent_coef: alpha, reward units per nat: "auto" (learned, from 1), "auto_x" (from x > 0), or a fixed number > 0
@@ -88,52 +91,62 @@ class SACX(OffPolicyMixin, SAC):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    joint_optimizers: ClassVar[dict[str, tuple[str, ...]]] = {
-        "critic.optimizer": ("policy.critic_features_optimizer", "policy.q_a_optimizer", "policy.q_b_optimizer")
-    }
     policy: MlpPolicy
-    critic: TwinStreamCritic  # type: ignore[assignment]
-    critic_target: TwinStreamCritic  # type: ignore[assignment]
 
     def __init__(
         self,
         policy: str | type[SACPolicy],
         env: GymEnv | str,
         learning_rate: float | str | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        ent_coef: str | float = "auto",
+        target_update_interval: int = 1,
+        target_entropy: str | float = "auto",
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        use_sde_at_warmup: bool = False,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
         *,
         actor_learning_rate: float | str | Schedule | None = None,
         q_a_learning_rate: float | str | Schedule | None = None,
         q_b_learning_rate: float | str | Schedule | None = None,
+        q_learning_rates: Mapping[str, float | str | Schedule] | None = None,
         value_learning_rate: float | str | Schedule | None = None,
         ent_coef_learning_rate: float | str | Schedule | None = None,
-        ent_coef: str | float = "auto",
-        target_entropy: str | float = "auto",
-        target_update_interval: int = 1,
         target_update_every: int | None = None,
         value_network: bool = False,
         exact_log_prob: bool = False,
-        use_sde: bool = False,
-        sde_sample_freq: int = -1,
-        use_sde_at_warmup: bool = False,
-        _init_setup_model: bool = True,
         **kwargs: Unpack[OffPolicyKwargs],
     ) -> None:
         super().__init__(
-            policy,
-            env,
-            learning_rate,
-            ent_coef=ent_coef,
-            target_entropy=target_entropy,
-            target_update_interval=target_update_interval,
-            use_sde=use_sde,
-            sde_sample_freq=sde_sample_freq,
-            use_sde_at_warmup=use_sde_at_warmup,
+            *(policy, env, learning_rate, buffer_size, learning_starts, batch_size, tau, gamma, train_freq, gradient_steps),
+            *(action_noise, replay_buffer_class, replay_buffer_kwargs, optimize_memory_usage, n_steps, ent_coef),
+            *(target_update_interval, target_entropy, use_sde, sde_sample_freq, use_sde_at_warmup, stats_window_size),
+            *(tensorboard_log, {**(policy_kwargs or {})}, verbose, seed, device),
             _init_setup_model=False,
             **kwargs,
         )
         self.actor_learning_rate = actor_learning_rate
         self.q_a_learning_rate = q_a_learning_rate
         self.q_b_learning_rate = q_b_learning_rate
+        self.q_learning_rates = q_learning_rates
         self.value_learning_rate = value_learning_rate
         self.ent_coef_learning_rate = ent_coef_learning_rate
         self.target_update_every = target_update_every
@@ -152,38 +165,40 @@ class SACX(OffPolicyMixin, SAC):
             self.policy_kwargs = {**self.policy_kwargs, "value_network": True}  # not in the caller's dict
         super()._setup_model()
         _, ent_coef = parse_ent_coef(self.ent_coef)
-        self._fixed_ent_coef = th.tensor(ent_coef, device=self.device)
         # both forms of alpha are always there, so that a file with the other one loads where ``ent_coef`` is changed
         if self.ent_coef_optimizer is None:
-            self.log_ent_coef = self._fixed_ent_coef.log().reshape(1)
+            self.log_ent_coef = th.tensor([ent_coef], device=self.device).log()
         else:
-            self.ent_coef_tensor = self._fixed_ent_coef.clone()
+            self.ent_coef_tensor = th.tensor(ent_coef, device=self.device)
         if self.value_network:
             self.batch_norm_stats = get_parameters_by_name(self.policy.value, ["running_"])
             self.batch_norm_stats_target = get_parameters_by_name(self.policy.value_target, ["running_"])
 
-    def _optimizers(self) -> dict[str, th.optim.Optimizer]:
-        names = ("q_a", "q_b", "critic_features", "value", "value_features")
-        optimizers = {name: getattr(self.policy, f"{name}_optimizer", None) for name in names}
-        optimizers.update(actor=self.actor.optimizer, ent_coef=self.ent_coef_optimizer)
-        return {name: optimizer for name, optimizer in optimizers.items() if optimizer is not None}
+    def _networks(self) -> Mapping[str, Network]:
+        policy, rates = self.policy, self._q_rates()
+        targets = [None] * len(rates) if self.value_network else self.critic_target.q_networks
+        parts: dict[str, tuple[nn.Module, Any, nn.Module | None, Any]] = {}
+        for (name, rate), stream, target in zip(rates.items(), self.critic.q_networks, targets, strict=True):
+            parts[name] = stream, getattr(policy, f"{name}_optimizer"), target, rate
+        parts["critic_features"] = self.critic.features_extractor, policy.critic_features_optimizer, None, None
+        if self.value_network:
+            value, target = policy.value, policy.value_target
+            parts["value"] = value.vf, policy.value_optimizer, target.vf, self.value_learning_rate
+            parts["value_features"] = value.features_extractor, policy.value_features_optimizer, None, None
+        parts["actor"] = self.actor, self.actor.optimizer, None, self.actor_learning_rate
+        if self.ent_coef_optimizer is not None:
+            parts["ent_coef"] = nn.Module(), self.ent_coef_optimizer, None, self.ent_coef_learning_rate
+        return {
+            name: self._network(name, module, optimizer, target, rate=rate)
+            for name, (module, optimizer, target, rate) in parts.items()
+            if optimizer is not None
+        }
 
-    # What follows q_a, q_b and value; where one of them has no target there is no such attribute.
-
-    @property
-    def q_a_target(self) -> FusedMLP:
-        """The stream that follows Q_a."""
-        return self.critic_target.qf0
-
-    @property
-    def q_b_target(self) -> FusedMLP:
-        """The stream that follows Q_b."""
-        return self.critic_target.qf1
-
-    @property
-    def value_target(self) -> FusedMLP:
-        """The layers that follow those of V."""
-        return self.policy.value_target.vf
+    def _q_rates(self) -> dict[str, Any]:
+        """The argument for the rate of each critic, by its name."""
+        rates = dict.fromkeys(critic_names(self.critic.n_critics))
+        given = {"q_a": self.q_a_learning_rate, "q_b": self.q_b_learning_rate, **(self.q_learning_rates or {})}
+        return {name: given.get(name) for name in rates}
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
@@ -193,71 +208,73 @@ class SACX(OffPolicyMixin, SAC):
         :param batch_size: transitions per update
         :raises NonFiniteError: if a loss or a parameter is NaN or infinite afterwards
         """
-        self._begin_updates()
-        for step in range(gradient_steps):
-            self._n_updates += 1
-            self._run(self._update, self._sample(batch_size), self._targets_are_due(step))
-        self._end_updates()
+        with self._updates() as engine:
+            for step in range(gradient_steps):
+                self._n_updates += 1
+                engine.run(self._update, self._sample(batch_size), self._targets_are_due(step))
 
-    def _update(self, transitions: Transitions, targets_too: bool) -> None:
-        batch = self._soft_batch(transitions)
-        if self.ent_coef_optimizer is not None:
-            self._descend("ent_coef", self._ent_coef_loss, batch)
-        if self.value_network:
-            self._descend(self._trained("value", "value_features"), self._value_loss, batch, name="value")
-        self._descend(self._trained("q_a", "q_b", "critic_features"), self._critic_loss, batch, name="critic")
-        self._descend("actor", self._actor_loss, batch)
-        if targets_too:
-            self._update_targets()
-
-    def _soft_batch(self, transitions: Transitions) -> SoftBatch:
+    def _update(self, batch: Transitions, targets_too: bool) -> dict[str, th.Tensor]:
         if self.use_sde:
             self.actor.reset_noise()
-        batch = SoftBatch(transitions, *self._act(transitions.observations), self._alpha())
-        self._means.add("ent_coef", batch.ent_coef)
-        self._means.add("entropy", -batch.log_prob)
-        return batch
+        sample = PolicySample(*self._action_log_prob(batch.observations))
+        ent_coef = self._ent_coef()
+        outputs = {"ent_coef": ent_coef.mean(), "entropy": -sample.log_prob.detach().mean()}
+        if self.ent_coef_optimizer is not None:
+            outputs["ent_coef_loss"] = self._ent_coef_loss(sample)
+            self._engine.minimise(outputs["ent_coef_loss"], "ent_coef")
+        if self.value_network:
+            outputs["value_loss"] = self._value_loss(batch, sample, ent_coef)
+            self._engine.minimise(outputs["value_loss"], *self._trained("value", "value_features"))
+        outputs |= self._update_critics(batch, ent_coef)
+        outputs["actor_loss"] = self._actor_loss(batch, sample, ent_coef)
+        self._engine.minimise(outputs["actor_loss"], "actor")
+        if targets_too:
+            self._update_targets()
+        return outputs
 
-    def _ent_coef_loss(self, batch: SoftBatch) -> th.Tensor:
+    def _ent_coef_loss(self, sample: PolicySample) -> th.Tensor:
         assert self.log_ent_coef is not None and isinstance(self.target_entropy, float)
-        return ent_coef_loss(self.log_ent_coef, batch.log_prob.detach(), self.target_entropy)
+        return ent_coef_loss(self.log_ent_coef, sample.log_prob.detach(), self.target_entropy)
 
-    def _value_loss(self, batch: SoftBatch) -> th.Tensor:
-        observations = batch.transitions.observations
+    def _value_loss(self, batch: Transitions, sample: PolicySample, ent_coef: th.Tensor) -> th.Tensor:
         with th.no_grad():
-            target = soft_value(th.min(*self.critic(observations, batch.actions)), batch.log_prob, batch.ent_coef)
-        return 0.5 * F.mse_loss(self.policy.value(observations), target)
+            target = soft_value(self._smallest(self.critic, batch.observations, sample.actions), sample.log_prob, ent_coef)
+        return 0.5 * F.mse_loss(self.policy.value(batch.observations), target)
 
-    def _critic_loss(self, batch: SoftBatch) -> th.Tensor:
-        transitions = batch.transitions
+    def _update_critics(self, batch: Transitions, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
         with th.no_grad():
-            next_value = self._next_value(transitions.next_observations, batch.ent_coef)
-            target = td_target(transitions.rewards, transitions.dones, transitions.discounts, next_value)
-        q_a, q_b = self.critic(transitions.observations, transitions.actions)
-        self._means.add("q_a", q_a)
-        self._means.add("q_b", q_b)
-        return 0.5 * twin_mse(q_a, q_b, target)
+            next_value = self._next_value(batch.next_observations, ent_coef)
+            target = td_target(batch.rewards, batch.dones, batch.discounts, next_value)
+        values = self.critic(batch.observations, batch.actions)
+        loss = 0.5 * squared_error(values, target, batch.weights)
+        self._engine.minimise(loss, *self._trained(*critic_names(len(values)), "critic_features"))
+        outputs = {"critic_loss": loss, **self._means_of(values)}
+        return outputs if batch.weights is None else {**outputs, "td_errors": td_errors(values, target)}
 
     def _next_value(self, observations: PyTorchObs, ent_coef: th.Tensor) -> th.Tensor:
         if self.value_network:
             value: th.Tensor = self.policy.value_target(observations)
             return value
-        actions, log_prob = self._act(observations)
-        return soft_value(th.min(*self.critic_target(observations, actions)), log_prob, ent_coef)
+        actions, log_prob = self._action_log_prob(observations)
+        return soft_value(self._smallest(self.critic_target, observations, actions), log_prob, ent_coef)
 
-    def _actor_loss(self, batch: SoftBatch) -> th.Tensor:
-        q_a, q_b = self.critic(batch.transitions.observations, batch.actions)
-        q = th.where(q_a <= q_b, q_a, q_b)  # th.min shares the gradient where they are equal, by ten operations
-        return -soft_value(q, batch.log_prob, batch.ent_coef).mean()
+    def _actor_loss(self, batch: Transitions, sample: PolicySample, ent_coef: th.Tensor) -> th.Tensor:
+        q = self._smallest(self.critic, batch.observations, sample.actions)
+        return -soft_value(q, sample.log_prob, ent_coef).mean()
+
+    @staticmethod
+    def _smallest(critic: nn.Module, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """``(B, 1)`` the smallest value of the critics."""
+        return th.cat(critic(observations, actions), dim=1).min(dim=1, keepdim=True).values
 
     def _update_targets(self) -> None:
         if self.value_network:
             online, target = self.policy.value.features_extractor, self.policy.value_target.features_extractor
-            self._follow("value", self.tau)
+            self._engine.follow("value", self.tau)
         else:
             online, target = self.critic.features_extractor, self.critic_target.features_extractor
-            self._follow("q_a", self.tau)
-            self._follow("q_b", self.tau)
+            for name in critic_names(self.critic.n_critics):
+                self._engine.follow(name, self.tau)
         polyak_update(online.parameters(), target.parameters(), self.tau)
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
@@ -271,47 +288,61 @@ class SACX(OffPolicyMixin, SAC):
 
     def _trained(self, *networks: str) -> tuple[str, ...]:
         """Those of ``networks`` that have an optimizer."""
-        return tuple(name for name in networks if name in self._descents)
+        return tuple(name for name in networks if name in self._engine.networks)
 
-    def _alpha(self) -> th.Tensor:
+    def _ent_coef(self) -> th.Tensor:
+        """alpha, ``()`` or ``(1,)``, without gradient."""
         if self.ent_coef_optimizer is None:
-            return self._fixed_ent_coef
+            return self.ent_coef_tensor
         assert self.log_ent_coef is not None
         return self.log_ent_coef.detach().exp()
 
-    def _act(self, observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+    def _action_log_prob(self, observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         """
         :param observations: ``(B, ...)``
         :return: ``(B, A)`` a ~ pi(s) and ``(B, 1)`` log pi(a|s), both with gradient
         """
-        by_sb3 = self._density_obstacle() is not None and not self.exact_log_prob
-        return self.policy.action_log_prob(observations, exact=self.exact_log_prob, by_sb3=by_sb3)
+        if not self.exact_log_prob:
+            actions, log_prob = self.actor.action_log_prob(observations)
+            return actions, log_prob.reshape(-1, 1)
+        mean, log_std, sde = self.actor.get_action_dist_params(observations)
+        if sde:  # state-dependent noise, relative to its standard deviation
+            distribution = self.actor.action_dist
+            std = distribution.proba_distribution(mean, log_std, **sde).distribution.stddev
+            return squashed_gaussian(mean, std.log(), distribution.get_noise(sde["latent_sde"]) / std)
+        return squashed_gaussian(mean, log_std, th.empty_like(mean).normal_())
 
-    def _density_obstacle(self) -> str | None:
-        return self.policy.density_obstacle() if self.engine else "engine=False"
+    def _act(self, batch: tuple[th.Tensor], deterministic: bool) -> dict[str, th.Tensor]:
+        """What SB3's distribution gives, from the same random numbers."""
+        mean, log_std, _ = self.actor.get_action_dist_params(batch[0])
+        u = mean if deterministic else mean + log_std.exp() * th.empty_like(mean).normal_()
+        return {"actions": th.tanh(u)}
 
-    def _acting_obstacle(self) -> str | None:
-        return numpy_actor.obstacle(self.policy, self.policy_aliases.values(), Actor)
+    def _replayed_actions(self, observation: Any, deterministic: bool) -> np.ndarray | None:
+        actions = super()._replayed_actions(observation, deterministic)
+        return None if actions is None or np.isnan(actions.sum()) else actions  # SB3 raises an error for NaN
 
-    def engine_report(self) -> dict[str, str]:
-        """See `UpdateMixin.engine_report`."""
-        obstacle = self._density_obstacle()
-        formula = self.exact_log_prob or obstacle is None
-        return {**super().engine_report(), "log-density": "formula" if formula else f"SB3's distribution: {obstacle}"}
+    def _acting_is_recordable(self) -> bool:
+        return super()._acting_is_recordable() and not self.use_sde  # whose noise is drawn elsewhere
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "log_ent_coef", "ent_coef_tensor", "_fixed_ent_coef"]
+        return [*super()._excluded_save_params(), "log_ent_coef", "ent_coef_tensor"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         names = {"actor": "actor.optimizer", "ent_coef": "ent_coef_optimizer"}
-        optimizers = [names.get(name, f"policy.{name}_optimizer") for name in self._optimizers()]
+        optimizers = [names.get(name, f"policy.{name}_optimizer") for name in self._networks()]
         return ["policy", *optimizers], [] if self.ent_coef_optimizer is None else ["log_ent_coef"]
+
+    def _joint_optimizers(self) -> dict[str, tuple[str, ...]]:
+        streams = (f"policy.{name}_optimizer" for name in critic_names(self.critic.n_critics))
+        return {"critic.optimizer": ("policy.critic_features_optimizer", *streams)}
 
     def _translated_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """Alpha's optimizer goes or starts afresh where a file is loaded with another ``ent_coef``."""
         translated = super()._translated_parameters(parameters)
-        if self.ent_coef_optimizer is None:
+        if "ent_coef" in changed_by_load.get():
             translated.pop("ent_coef_optimizer", None)
-        else:
-            translated.setdefault("ent_coef_optimizer", self.ent_coef_optimizer.state_dict())
+            if self.ent_coef_optimizer is not None:
+                saved = parameters.get("ent_coef_optimizer")
+                translated["ent_coef_optimizer"] = self.ent_coef_optimizer.state_dict() if saved is None else saved
         return translated

@@ -1,0 +1,250 @@
+"""What algorithms share that train by the engine: rates, bounds, the log, acting, and what a model leaves behind."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.utils import FloatSchedule
+from torch import nn
+
+from sb3_ac_ext.base.schedules import as_schedule
+from sb3_ac_ext.engine import Engine, Network
+from sb3_ac_ext.validation import NonFiniteError, check_mapping, check_number, check_switch
+
+
+class TrainingMixin(BaseAlgorithm):
+    """
+    Goes before the SB3 class, whose networks are trained as `_networks` says.
+
+    An update function runs through ``self._engine``, see `Engine`. It may be recorded and replayed, so it does nothing
+    but operations on tensors.
+    """
+
+    engine: bool = True
+    max_grad_norm: float | dict[str, float] | None = None
+    _engine: Engine
+    _training_mode: "TrainingMode"
+    _schedules: dict[str, tuple[Any, FloatSchedule]]
+    _flat_space: tuple[Any, bool] = (None, False)
+    """An observation space, and whether it has numbers in one vector."""
+
+    def _networks(self) -> Mapping[str, Network]:
+        """The networks that are trained, by their names, as everything is now; see `_network`."""
+        raise NotImplementedError
+
+    def _network_names(self) -> list[str]:
+        return list(self._networks())
+
+    def _network(
+        self,
+        name: str,
+        module: nn.Module,
+        optimizer: th.optim.Optimizer,
+        target: nn.Module | None = None,
+        *,
+        rate: Any = None,
+        weight_decay: float = 0.0,
+        clipped: Sequence[Sequence[nn.Parameter]] | None = None,
+    ) -> Network:
+        """
+        :param name: of the network, in the log and in ``max_grad_norm``
+        :param module: the network
+        :param optimizer: what trains it
+        :param target: what follows it
+        :param rate: the argument for its own learning rate; None for ``learning_rate``
+        :param weight_decay: L2 decay of its weights
+        :param clipped: parameters whose gradients are bounded each by themselves; None for all together
+        :return: the record for the engine
+        """
+        progress = self._current_progress_remaining
+        current = self.lr_schedule(progress) if rate is None else self._schedule(name, rate)(progress)
+        bound = self.max_grad_norm.get(name) if isinstance(self.max_grad_norm, dict) else self.max_grad_norm
+        largest = None if bound is None else float(bound)
+        return Network(module, optimizer, target, current, float(weight_decay), largest, clipped)
+
+    def _schedule(self, name: str, rate: Any) -> FloatSchedule:
+        given, schedule = self._schedules.get(name, (None, None))
+        if schedule is None or given is not rate:
+            schedule = as_schedule(f"{name}_learning_rate", rate)
+            self._schedules[name] = rate, schedule
+        return schedule
+
+    def _setup_lr_schedule(self) -> None:
+        self.lr_schedule = as_schedule("learning_rate", self.learning_rate)
+
+    def _setup_engine(self) -> None:
+        """Call at the end of `_setup_model`."""
+        check_switch("engine", self.engine)
+        self._make_engine()
+        names = self._network_names()
+        bounds = self.max_grad_norm
+        if not isinstance(bounds, dict):
+            bounds = {} if bounds is None else dict.fromkeys(names, bounds)
+        for name, bound in check_mapping("max_grad_norm", bounds, required=(), optional=names).items():
+            check_number(f"max_grad_norm[{name!r}]", bound, low=1e-12)
+
+    def _make_engine(self) -> None:
+        self._schedules = {}
+        self._training_mode = TrainingMode(self.policy)
+        self._engine = Engine(self, self._networks, enabled=self.engine, device=self.device)
+
+    # Training
+
+    @contextmanager
+    def _updates(self) -> Iterator[Engine]:
+        """
+        Gradient steps: rates and training mode before, the log and the search for NaN after.
+
+        :raises NonFiniteError: if a loss or a parameter is NaN or infinite afterwards
+        """
+        if self._engine.enabled is not self.engine:
+            self._make_engine()
+        self._set_training_mode(True)
+        self._engine.begin()
+        self._record_rates()
+        yield self._engine
+        means = self._engine.end()
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for name, value in means.items():
+            self.logger.record(f"train/{name}", value)
+        self._check_finite(means)
+
+    def _record_rates(self) -> None:
+        self.logger.record("train/learning_rate", self.lr_schedule(self._current_progress_remaining))
+        for name in self._schedules.keys() & self._engine.networks.keys():
+            self.logger.record(f"train/{name}_learning_rate", self._engine.networks[name].rate)
+
+    def _check_finite(self, means: Mapping[str, float]) -> None:
+        for name, value in self._engine.parameter_norms().items():
+            self._raise_unless_finite(name, "parameters", value)
+        for name, value in means.items():
+            if name.endswith("_loss"):
+                self._raise_unless_finite(name.removesuffix("_loss"), "loss", value)
+
+    def _raise_unless_finite(self, network: str, what: str, value: float) -> None:
+        if not abs(value) < float("inf"):
+            raise NonFiniteError(
+                f"{type(self).__name__}: the {what} of the {network} became non-finite ({value}) by update {self._n_updates}; "
+                "lower the learning rate, set max_grad_norm, or normalise observations and rewards"
+            )
+
+    def engine_report(self) -> dict[str, str]:
+        """
+        What the engine replays, and why it does not replay the rest.
+
+        :return: a sentence for each function that has run
+        """
+        return self._engine.report() if self.engine else {"engine": "engine=False"}
+
+    # Acting
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        The policy's action, see SB3's ``BaseAlgorithm.predict``; for flat observations on a CPU it is replayed.
+
+        :param observation: ``(...)`` one observation or ``(N, ...)`` of them
+        :param state: passed through
+        :param episode_start: not used, policies are not recurrent
+        :param deterministic: whether a stochastic policy gives its mode
+        :return: action or ``(N, ...)`` actions in the environment's range, and ``state``
+        :raises ValueError: for an observation that is not of the environment's space, and where SB3 raises it
+        """
+        actions = self._replayed_actions(observation, deterministic)
+        if actions is None:
+            return super().predict(observation, state, episode_start, deterministic)
+        return actions, state
+
+    def _replayed_actions(self, observation: Any, deterministic: bool) -> np.ndarray | None:
+        """The action or actions; None where SB3's ordinary path is to be taken."""
+        policy, shape = self.policy, self.observation_space.shape
+        if not self.engine or type(observation) is not np.ndarray or not self._acting_is_recordable():
+            return None
+        single = observation.shape == shape
+        batch = observation[None] if single else observation
+        if batch.shape[1:] != shape or len(batch) == 0:
+            return None
+        if policy.training:
+            self._set_training_mode(False)
+        outputs = self._engine.evaluate(self._act, (batch,), bool(deterministic))
+        if outputs is None:
+            return None
+        actions = outputs["actions"].reshape(-1, *self.action_space.shape)  # type: ignore[misc]  # a Box has one
+        if policy.squash_output:
+            actions = policy.unscale_action(actions)
+        elif isinstance(self.action_space, spaces.Box):
+            actions = np.clip(actions, self.action_space.low, self.action_space.high)
+        return actions.squeeze(axis=0) if single else actions
+
+    def _acting_is_recordable(self) -> bool:
+        """Whether actions follow from the policy's networks and an observation of numbers, on a CPU."""
+        space = self.observation_space
+        if self._flat_space[0] is not space:
+            self._flat_space = space, isinstance(space, spaces.Box) and not is_image_space(space)
+        return self._flat_space[1] and self.device.type == "cpu"
+
+    def _act(self, batch: tuple[th.Tensor], deterministic: bool) -> dict[str, th.Tensor]:
+        return {"actions": self.policy._predict(batch[0], deterministic)}
+
+    def _set_training_mode(self, mode: bool) -> None:
+        if self._training_mode.policy is not self.policy:
+            self._training_mode = TrainingMode(self.policy)
+        self._training_mode.set(mode)
+
+    # What is left behind
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_engine", "_training_mode", "_schedules", "_flat_space"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_engine", "_training_mode")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if "policy" in state:
+            self._make_engine()
+
+
+class TrainingMode:
+    """
+    ``policy.set_training_mode`` in a tenth of its time, where all that it does is to set the flags of its modules.
+
+    :param policy: the policy
+    """
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        self._trees: list[dict[str, Any]] = []
+        self._copies: list[dict[str, Any]] = []
+        self._flags: list[dict[str, Any]] = []
+
+    def set(self, mode: bool) -> None:
+        """
+        :param mode: True for training
+        """
+        if not self._flags or self._trees != self._copies or "set_training_mode" in vars(self.policy):
+            self._look(mode)
+        else:
+            for flags in self._flags:
+                flags["training"] = mode
+
+    def _look(self, mode: bool) -> None:
+        modules = list(self.policy.modules())
+        self.policy.set_training_mode(not mode)
+        before = [module.training for module in modules]
+        self.policy.set_training_mode(mode)
+        changed = [module for module, was in zip(modules, before, strict=True) if module.training is not was]
+        plain = all(type(m).train is nn.Module.train and "train" not in vars(m) for m in modules)
+        self._flags = [vars(module) for module in changed] if plain else []
+        self._trees = [module._modules for module in modules]
+        self._copies = [dict(tree) for tree in self._trees]

@@ -1,0 +1,332 @@
+"""Networks that are trained: gradient steps and targets, as PyTorch does them and as they are recorded."""
+
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.utils import polyak_update, update_learning_rate
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from sb3_ac_ext.engine.tape import RefusedError, Tape
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+"""The names of Adam's moments in its state."""
+VANISHED = (1e-30, 1e-36)
+"""First and second moments below these are 0 to Adam in fp32, with any eps that is not below `LEAST_EPS`."""
+LEAST_EPS = 1e-12
+
+
+@dataclass
+class Network:
+    """
+    A trained network.
+
+    :param module: whose parameters a target follows
+    :param optimizer: what it is trained by, and what says which parameters are trained
+    :param target: the network that follows it, if there is one
+    :param rate: learning rate
+    :param weight_decay: L2 decay that is added to the gradients of its weights (not of biases and norms), >= 0
+    :param max_grad_norm: bound of the gradient's 2-norm; None does not clip
+    :param clipped: parameters whose gradients are bounded each by themselves; None for all together
+    """
+
+    module: nn.Module
+    optimizer: th.optim.Optimizer
+    target: nn.Module | None = None
+    rate: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    clipped: Sequence[Sequence[nn.Parameter]] | None = None
+    parameters: list[nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def settings(self) -> tuple[Any, ...]:
+        """What a recorded step has read from this record."""
+        return self.weight_decay, self.max_grad_norm, id(self.target)
+
+
+class Steps:
+    """
+    What recorded steps of one optimizer need besides its state.
+
+    Gradients are views of one piece of memory, so that their norm is one product; the counters in Adam's state are views of
+    one tensor (each parameter has its own, as PyTorch has it), so that they are counted together.
+
+    :param network: whose optimizer it is
+    """
+
+    def __init__(self, network: Network) -> None:
+        self.parameters = network.parameters
+        first = self.parameters[0]
+        self.flat: th.Tensor | None = None
+        if all(p.dtype == first.dtype and p.device == first.device for p in self.parameters):
+            self.flat = th.zeros(sum(p.numel() for p in self.parameters), dtype=first.dtype, device=first.device)
+            views = self.flat.split([p.numel() for p in self.parameters])
+            self.gradients = [view.view(p.shape) for view, p in zip(views, self.parameters, strict=True)]
+        else:
+            self.gradients = [th.zeros_like(p) for p in self.parameters]
+        self.rate = th.zeros((), dtype=th.float64 if first.device.type == "cpu" else th.float32, device=first.device)
+        self.counts: th.Tensor | None = None
+        self._count_views: tuple[th.Tensor, ...] = ()
+
+    def serve(self, network: Network) -> bool:
+        """
+        :param network: of the optimizer
+        :return: whether these are still its parameters
+        """
+        now = network.parameters
+        return len(now) == len(self.parameters) and all(p is q for p, q in zip(now, self.parameters, strict=True))
+
+    def bind(self, network: Network) -> None:
+        """
+        Give the counters in the state of an Adam optimizer their place in one tensor.
+
+        :param network: whose optimizer it is
+        """
+        states = [network.optimizer.state[p] for p in self.parameters if "step" in network.optimizer.state.get(p, {})]
+        counts = [state["step"] for state in states]
+        bound = len(counts) == len(self._count_views) and all(map(operator.is_, counts, self._count_views))
+        if states and is_adam(network.optimizer) and not bound:
+            self.counts = th.stack([count.to(th.float32) for count in counts])
+            self._count_views = self.counts.unbind()
+            for state, count in zip(states, self._count_views, strict=True):
+                state["step"] = count
+
+    def tensors(self) -> list[th.Tensor]:
+        """What a recording may read and write."""
+        own = [self.rate, *self.gradients]
+        return own if self.counts is None else [*own, self.counts]
+
+
+def is_adam(optimizer: th.optim.Optimizer) -> bool:
+    """
+    :param optimizer: any
+    :return: whether its step is PyTorch's fused operation on lists of tensors
+    """
+    if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
+        return False
+    if "step" in vars(optimizer) and not hasattr(vars(optimizer)["step"], "__wrapped__"):
+        return False
+    groups = optimizer.param_groups
+    return not any(group["capturable"] or group["differentiable"] or isinstance(group["lr"], th.Tensor) for group in groups)
+
+
+def differentiate(loss: th.Tensor, networks: Iterable[Network]) -> None:
+    """
+    The gradients of exactly these networks' parameters, as their ``.grad``; frozen parameters and those that the loss does
+    not depend on have none.
+
+    :param loss: ``()``
+    :param networks: one, or several that share the loss
+    """
+    wanted = []
+    for network in networks:
+        network.optimizer.zero_grad()
+        wanted += [parameter for parameter in network.parameters if parameter.requires_grad]
+    if wanted and loss.requires_grad:
+        loss.backward(inputs=wanted)  # type: ignore[no-untyped-call]
+
+
+def step(network: Network) -> th.Tensor:
+    """
+    Clip, decay and apply the gradients.
+
+    :param network: whose parameters have their ``.grad``
+    :return: ``()`` 2-norm of the gradient before it was clipped
+    """
+    gradients = [p.grad for p in network.parameters if p.grad is not None]
+    norm = get_total_norm(gradients) if gradients else th.zeros(())
+    if network.max_grad_norm is not None:
+        for parameters in network.clipped or [network.parameters]:
+            own = [p.grad for p in parameters if p.grad is not None]
+            if own:
+                whole = network.clipped is None
+                clip_grads_with_norm_(parameters, network.max_grad_norm, norm if whole else get_total_norm(own))
+    decay(network, [p.grad for p in network.parameters])
+    network.optimizer.step()
+    return norm
+
+
+def decay(network: Network, gradients: Sequence[th.Tensor | None]) -> None:
+    """
+    Add the decay of the weights to their gradients.
+
+    :param network: which says how much
+    :param gradients: of its parameters
+    """
+    if network.weight_decay:
+        for parameter, gradient in zip(network.parameters, gradients, strict=True):
+            if parameter.dim() > 1 and gradient is not None:
+                gradient.add_(parameter.detach(), alpha=network.weight_decay)
+
+
+def follow(network: Network, tau: float) -> None:
+    """
+    theta_target <- tau theta + (1 - tau) theta_target, as SB3 does it.
+
+    :param network: with a target
+    :param tau: share of the online network, in [0, 1]
+    """
+    assert network.target is not None
+    polyak_update(network.module.parameters(), network.target.parameters(), tau)
+
+
+def recorded_differentiate(loss: th.Tensor, networks: Sequence[tuple[Network, Steps]]) -> None:
+    """
+    `differentiate` in memory that lasts, without what a recording need not do.
+
+    :param loss: ``()``
+    :param networks: with what their recorded steps need
+    """
+    pairs = [(p, place) for network, steps in networks for p, place in zip(network.parameters, steps.gradients, strict=True)]
+    wanted = [(parameter, place) for parameter, place in pairs if parameter.requires_grad]
+    gradients: Sequence[th.Tensor | None] = [None] * len(wanted)
+    if wanted and loss.requires_grad:
+        gradients = th.autograd.grad(loss, [parameter for parameter, _ in wanted], allow_unused=True)
+    found = {id(p): g for (p, _), g in zip(wanted, gradients, strict=True)}
+    with th.no_grad():
+        for parameter, place in pairs:
+            gradient = found.get(id(parameter))
+            parameter.grad = None if gradient is None else place
+            if gradient is not None:
+                place.copy_(gradient)
+
+
+def recorded_step(network: Network, steps: Steps, tape: Tape) -> th.Tensor:
+    """
+    `step` after `recorded_differentiate`.
+
+    :param network: whose parameters have their ``.grad``
+    :param steps: what its recorded steps need
+    :param tape: that records
+    :return: ``()`` 2-norm of the gradient before it was clipped
+    """
+    trained = [(p, p.grad) for p in network.parameters if p.grad is not None]
+    gradients = [gradient for _, gradient in trained]
+    flat = steps.flat if len(trained) == len(network.parameters) else None
+    with th.no_grad():
+        if not gradients:
+            return steps.rate.new_zeros(())
+        norm = th.dot(flat, flat).sqrt() if flat is not None else get_total_norm(gradients)
+        if network.max_grad_norm is not None:
+            if flat is not None and network.clipped is None:
+                flat.mul_((network.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+            else:
+                for parameters in network.clipped or [network.parameters]:
+                    own = [p.grad for p in parameters if p.grad is not None]
+                    clip_grads_with_norm_(parameters, network.max_grad_norm, get_total_norm(own))
+        decay(network, [p.grad for p in network.parameters])
+        if is_adam(network.optimizer):
+            _fused_adam(network, steps)
+        else:
+            tape.call(partial(_plain_step, network.optimizer, trained))
+    return norm
+
+
+def _plain_step(optimizer: th.optim.Optimizer, gradients: Sequence[tuple[nn.Parameter, th.Tensor]]) -> None:
+    for parameter, gradient in gradients:
+        parameter.grad = gradient
+    with th.inference_mode(False):
+        optimizer.step()
+
+
+def _fused_adam(network: Network, steps: Steps) -> None:
+    """What torch.optim.Adam comes to with ``fused=True``; the rate is read from its tensor."""
+    state = network.optimizer.state
+    if not all(state.get(p) for p in network.parameters if p.grad is not None):
+        raise RefusedError("the optimizer has no state yet")
+    counts = [state[p]["step"] for p in network.parameters if p.grad is not None]
+    if steps.counts is not None and len(counts) == len(steps.counts):
+        steps.counts.add_(1)
+    else:
+        th._foreach_add_(counts, 1)  # type: ignore[attr-defined]
+    for group in network.optimizer.param_groups:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            continue
+        lists = [[state[p][name] for p in parameters] for name in MOMENTS[: 3 if group["amsgrad"] else 2]]
+        fused = th._fused_adamw_ if group.get("decoupled_weight_decay") else th._fused_adam_  # type: ignore[attr-defined]
+        fused(
+            parameters,
+            [p.grad for p in parameters],
+            lists[0],
+            lists[1],
+            lists[2] if group["amsgrad"] else [],
+            [state[p]["step"] for p in parameters],
+            lr=steps.rate,
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            weight_decay=float(group["weight_decay"]),
+            eps=float(group["eps"]),
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+        )
+
+
+def recorded_follow(network: Network, tau: float) -> None:
+    """
+    `follow` as one operation on lists.
+
+    :param network: with a target
+    :param tau: share of the online network, in [0, 1]
+    """
+    assert network.target is not None
+    pairs = zip(network.module.parameters(), network.target.parameters(), strict=True)
+    online, target = zip(*pairs, strict=True)
+    with th.no_grad():
+        th._foreach_lerp_(target, online, tau)  # type: ignore[attr-defined]
+
+
+def parameter_norm(network: Network) -> th.Tensor:
+    """
+    :param network: any
+    :return: ``()`` 2-norm of its parameters
+    """
+    with th.no_grad():
+        return get_total_norm(network.parameters)
+
+
+def set_rate(network: Network) -> None:
+    """
+    :param network: whose optimizer gets its rate
+    """
+    update_learning_rate(network.optimizer, network.rate)
+
+
+def flush_subnormals(networks: Mapping[str, Network], before: int, after: int) -> None:
+    """
+    Set moments of Adam that have vanished to 0 now and then, on a CPU in fp32.
+
+    Those of a weight whose gradient stays 0 (behind a unit that is never active, say) would decay into the subnormal numbers
+    and stay there; arithmetic on these is a hundred times slower, which makes updates a fifth slower.
+
+    :param networks: by their names
+    :param before: updates at the last call
+    :param after: updates until now
+    """
+    for network in networks.values():
+        for group in network.optimizer.param_groups if is_adam(network.optimizer) else ():
+            every = _flush_every(*map(float, group["betas"]))
+            if group["eps"] < LEAST_EPS or before // every == after // every:
+                continue
+            for parameter in group["params"]:
+                state = network.optimizer.state.get(parameter, {})
+                for name, least in zip(MOMENTS, VANISHED, strict=False):
+                    moment = state.get(name)
+                    if moment is not None and moment.dtype == th.float32 and not moment.is_cuda:
+                        moment.copy_(nn.functional.hardshrink(moment, least))
+
+
+@cache
+def _flush_every(*betas: float) -> int:
+    """Steps in which a moment that is not `VANISHED` cannot decay into the subnormal numbers."""
+    smallest = th.finfo(th.float32).smallest_normal
+    steps = [math.log(smallest / least) / math.log(beta) for least, beta in zip(VANISHED, betas, strict=True) if 0 < beta < 1]
+    return max(int(min(steps, default=1e6)), 1)

@@ -1,0 +1,198 @@
+"""A function that is recorded for batches of one kind, and replayed without Python, autograd and dispatcher in between."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch as th
+from torch import nn
+
+from sb3_ac_ext.engine import memory
+from sb3_ac_ext.engine.rewrites import rewritten
+from sb3_ac_ext.engine.tape import RefusedError, Tape
+
+Values = dict[str, th.Tensor]
+TOLERANCE = 1e-4
+"""Largest difference between a replay and the function itself, relative to the 2-norm, in fp32."""
+
+
+class Inputs:
+    """
+    The memory that batches are copied to.
+
+    :param batch: a tuple, or named tuple, of tensors, arrays, dicts of these, and values of other kinds
+    :param device: where the function computes
+    """
+
+    def __init__(self, batch: tuple[Any, ...], device: th.device) -> None:
+        with th.inference_mode(False), th.no_grad():
+            parts = [_static(value, device) for value in batch]
+        self.batch = type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
+        places = list(leaves(self.batch))
+        self.tensors = [place for place in places if isinstance(place, th.Tensor)]
+        """Of each leaf of the batch that is a tensor or an array."""
+        self._arrays = [t.numpy() if t.device.type == "cpu" and t.dtype != th.bfloat16 else None for t in self.tensors]
+
+    def fill(self, values: Sequence[Any]) -> None:
+        """
+        :param values: the leaves of another batch that are tensors or arrays
+        """
+        for place, array, value in zip(self.tensors, self._arrays, values, strict=True):
+            if array is not None and isinstance(value, np.ndarray):
+                array[...] = value
+            elif value is not place:
+                place.copy_(th.as_tensor(value))
+
+
+def _static(value: Any, device: th.device) -> Any:
+    if isinstance(value, dict):
+        return {key: _static(part, device) for key, part in value.items()}
+    if isinstance(value, np.ndarray):
+        return th.tensor(value, device=device)
+    return value.detach().clone() if isinstance(value, th.Tensor) else value
+
+
+def leaves(batch: tuple[Any, ...]) -> Iterator[Any]:
+    """
+    :param batch: see `Inputs`
+    :return: its parts, those of dicts one by one
+    """
+    for value in batch:
+        if isinstance(value, dict):
+            yield from value.values()
+        else:
+            yield value
+
+
+class Replay:
+    """
+    What a function did on a CPU, as a list of calls.
+
+    :param tape: that was recorded
+    :param outputs: of the function
+    :param rounding: whether rewrites that round differently may be used
+    """
+
+    def __init__(self, tape: Tape, outputs: Values, rounding: bool = True) -> None:
+        kept = {*tape.external, *tape.escaped(), *memory.storages([*outputs.values(), *tape.checks])}
+        calls = memory.plan(rewritten(tape.operations, rounding), kept)
+        self.bytes = memory.bytes_used(calls, tape.external)
+        self.external = [*tape.external.values()]
+        self._calls = [(call.function, call.args, call.kwargs) for call in calls]
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __call__(self) -> None:
+        """Do it again."""
+        with th.inference_mode():
+            for function, args, kwargs in self._calls:
+                function(*args, **kwargs)
+
+
+class Graph:
+    """
+    What a function did on a GPU, as a CUDA graph.
+
+    :param function: without arguments; it has run a few times
+    """
+
+    def __init__(self, function: Callable[[], Values]) -> None:
+        self._graph, stream = th.cuda.CUDAGraph(), th.cuda.Stream()
+        self.bytes, self.external = 0, []  # type: ignore[var-annotated]
+        stream.wait_stream(th.cuda.current_stream())
+        try:
+            with th.cuda.graph(self._graph, stream=stream):
+                self.outputs = function()
+        except RuntimeError as error:
+            raise RefusedError(str(error)) from error
+
+    def __call__(self) -> None:
+        """Do it again."""
+        self._graph.replay()
+
+
+class Recording:
+    """
+    A replay with its inputs and outputs.
+
+    :param replay: that does it again
+    :param inputs: that it reads
+    :param outputs: that it writes, by their names
+    :param checks: ``()`` boolean that must be true after a replay
+    :param gradients: parameters that the function trains, and where their gradients are
+    """
+
+    def __init__(
+        self,
+        replay: Replay | Graph,
+        inputs: Inputs,
+        outputs: Values,
+        checks: th.Tensor | None,
+        gradients: Sequence[tuple[nn.Parameter, th.Tensor]],
+    ) -> None:
+        self.replay, self.inputs, self.checks = replay, inputs, checks
+        self.outputs, self.gradients = outputs, gradients
+        self.arrays = {name: value.detach().numpy() for name, value in outputs.items() if value.device.type == "cpu"}
+        self.lock = threading.Lock()
+
+    def run(self, values: Sequence[Any]) -> bool:
+        """
+        :param values: the leaves of a batch that are tensors or arrays
+        :return: whether everything that was asked for on the way was true
+        """
+        self.inputs.fill(values)
+        self.replay()
+        return self.checks is None or bool(self.checks)
+
+    def publish_gradients(self) -> None:
+        """The gradients of the last replay as the parameters' ``.grad``, where others may have put theirs meanwhile."""
+        for parameter, gradient in self.gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+
+
+def restored(tensors: Sequence[th.Tensor], device: th.device) -> Callable[[], None]:
+    """
+    :param tensors: that are about to be changed
+    :param device: whose random state is about to advance
+    :return: what puts everything back to what it is now
+    """
+    with th.no_grad():
+        values = [tensor.detach().clone() for tensor in tensors]
+    random = th.get_rng_state(), th.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore() -> None:
+        with th.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.detach().copy_(value)
+        th.set_rng_state(random[0])
+        if random[1] is not None:
+            th.cuda.set_rng_state(random[1], device)
+
+    return restore
+
+
+def difference(values: Sequence[th.Tensor], expected: Sequence[th.Tensor]) -> float:
+    """
+    How far tensors are apart that should be the same, say all gradients.
+
+    What is nothing but rounding, as the gradient of a bias before a normalisation, is measured against all of them.
+
+    :param values: of a replay
+    :param expected: of the function itself
+    :return: the largest difference of a tensor, relative to its 2-norm, or to a tenth of the 2-norm of all if that is less
+    """
+    relative, absolute, total = [0.0], [0.0], 1e-12
+    for value, wanted in zip(values, expected, strict=True):
+        if not (wanted.is_floating_point() and th.equal(value.isnan(), wanted.isnan())):
+            if not th.equal(value, wanted):
+                return float("inf")
+            continue
+        value, wanted = value.double().nan_to_num(0.0), wanted.double().nan_to_num(0.0)
+        scale, apart = wanted.norm().item(), (value - wanted).norm().item()
+        relative.append(apart / (scale + 1e-12))
+        absolute.append(apart)
+        total += scale**2
+    return max(min(one, 10 * apart / total**0.5) for one, apart in zip(relative, absolute, strict=True))

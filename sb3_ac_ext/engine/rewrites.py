@@ -1,0 +1,251 @@
+"""
+What an operation becomes in a replay: a table from operations to better ones.
+
+A rule gets an operation whose result is new and returns calls that write the same numbers to the memory of the result. It is
+*exact*, or it *rounds* differently (by 1e-6 relative to the operation at most). What has no rule is done by the variant of
+the operation that takes memory for its result, or else its result is copied there.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch as th
+
+from sb3_ac_ext.engine import products
+from sb3_ac_ext.engine.tape import Operation, tensors
+
+
+class Call(NamedTuple):
+    """A call of a replay."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    written: tuple[th.Tensor, ...] = ()
+    """Those of the arguments that it overwrites wholly, without reading them."""
+    elementwise: bool = False
+    """Whether it may write over an argument of the shape of its result."""
+    lasting: bool = False
+    """Whether it does something besides writing its result: draws random numbers, or keeps running statistics."""
+
+
+Rule = Callable[[Operation], list[Call] | None]
+EXACT: dict[str, Rule] = {}
+"""Rules that give the same bits."""
+ROUNDING: dict[str, Rule] = {}
+"""Rules that sum in another order."""
+
+WITHOUT_CONTENT = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"})
+"""Operations that only make memory."""
+DIRECT = frozenset(
+    {
+        "abs",
+        "add",
+        "addmm",
+        "bmm",
+        "cat",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "cos",
+        "div",
+        "eq",
+        "exp",
+        "ge",
+        "gt",
+        "le",
+        "log",
+        "lt",
+    }
+    | {"maximum", "mean", "minimum", "mul", "ne", "neg", "pow", "reciprocal", "rsqrt", "sigmoid", "sin", "sqrt", "square"}
+    | {"stack", "sub", "tanh", "where", "logical_and", "logical_not", "bitwise_and", "bitwise_not", "log1p", "index_select"}
+)
+"""Operations whose function in ``torch`` takes the same arguments and ``out``; it is called in a third of the time."""
+ELEMENTWISE = frozenset(
+    {"abs", "add", "clamp", "clamp_min", "clamp_max", "cos", "div", "exp", "log", "log1p", "maximum", "minimum", "mul", "neg"}
+    | {"pow", "reciprocal", "rsqrt", "sigmoid", "sigmoid_backward", "sin", "sqrt", "square", "sub", "tanh", "tanh_backward"}
+    | {"threshold_backward", "softplus", "softplus_backward", "elu_backward", "rsub"}
+)
+"""Each number of the result depends on the numbers in its place alone."""
+NUMBERS = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
+"""Operations whose result is one number everywhere."""
+
+
+def calls(operation: Operation, rounding: bool = True) -> list[Call]:
+    """
+    :param operation: that was noted
+    :param rounding: whether rules that round differently may be used
+    :return: what does it again, in the same memory
+    """
+    if operation.name in WITHOUT_CONTENT:
+        return []
+    if operation.result is None:
+        return [Call(_direct_method(operation), operation.args, operation.kwargs)]
+    for rules in (EXACT, ROUNDING) if rounding else (EXACT,):
+        rule = rules.get(operation.name)
+        better = rule(operation) if rule is not None else None
+        if better is not None:
+            return better
+    return [_general(operation)]
+
+
+def _direct_method(operation: Operation) -> Any:
+    """The tensor's own method for an operation in place, which is called in a third of the time; the operation without one."""
+    if operation.name == "":
+        return operation.function
+    schema = operation.function._schema
+    writes_to_first = sum(argument.is_write for argument in _aliased(schema)) == 1 and len(schema.returns) == 1
+    method = getattr(th.Tensor, operation.name, None) if writes_to_first else None
+    seeded = th.Tag.nondeterministic_seeded in operation.function.tags
+    direct = (
+        method is not None and not seeded and operation.name in {"add_", "mul_", "sub_", "div_", "copy_", "fill_", "zero_"}
+    )
+    return method if direct else operation.function._op
+
+
+def _aliased(schema: Any) -> list[Any]:
+    return [argument.alias_info for argument in schema.arguments if argument.alias_info is not None]
+
+
+def _general(operation: Operation) -> Call:
+    function, args, kwargs, result = operation
+    name = operation.name
+    elementwise = name in ELEMENTWISE
+    lasting = th.Tag.nondeterministic_seeded in function.tags or "batch_norm" in name
+    if isinstance(result, th.Tensor):
+        if name in DIRECT:
+            return Call(getattr(th, name), args, {**kwargs, "out": result}, (result,), elementwise, lasting)
+        variant = _variant_with_memory(function)
+        if variant is not None:
+            overload, argument, kept = variant
+            given = {key: value for key, value in kwargs.items() if key in kept}
+            return Call(overload._op, args, {**given, argument: result}, (result,), elementwise, lasting)
+    return Call(_copied, (function._op, result, args, kwargs), {}, tuple(tensors(result)), lasting=lasting)
+
+
+def _copied(function: Callable[..., Any], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for place, value in zip(tensors(result), tensors(function(*args, **kwargs)), strict=True):
+        place.copy_(value)
+
+
+@cache
+def _variant_with_memory(function: Any) -> tuple[Any, str, frozenset[str]] | None:
+    """
+    :param function: an operation with one result
+    :return: the same with memory for its result, the name of that argument and those of all others; None if there is none
+    """
+    types = {argument.name: str(argument.type) for argument in function._schema.arguments}
+    if function._schema.is_mutable:
+        return None
+    for name in function.overloadpacket.overloads():
+        overload = getattr(function.overloadpacket, name)
+        results = [argument.name for argument in overload._schema.arguments if argument.is_out]
+        others = {argument.name: str(argument.type) for argument in overload._schema.arguments if not argument.is_out}
+        ignored = {"dtype", "layout", "device", "pin_memory"} - others.keys()  # which the memory has
+        if len(results) == 1 and others == {key: value for key, value in types.items() if key not in ignored}:
+            return overload, results[0], frozenset(others)
+    return None
+
+
+def _rule(table: dict[str, Rule], *names: str) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        table.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+@_rule(EXACT, *NUMBERS, "scalar_tensor", "full", "full_like", "new_full")
+def _filled(operation: Operation) -> list[Call] | None:
+    """Memory that is there already is filled."""
+    name, args, out = operation.name, operation.args, operation.result
+    number = NUMBERS.get(name, args[0] if name == "scalar_tensor" else args[-1])
+    return [Call(th.Tensor.fill_, (out, number), {}, (out,))]
+
+
+@_rule(EXACT, "relu")
+def _relu(operation: Operation) -> list[Call] | None:
+    """It has no variant with memory for the result."""
+    out = operation.result
+    return [Call(th.clamp_min, (operation.args[0], 0), {"out": out}, (out,), elementwise=True)]
+
+
+@_rule(EXACT, "clone", "_to_copy")
+def _copy(operation: Operation) -> list[Call] | None:
+    """The memory has type and place already."""
+    out = operation.result
+    return [Call(th.Tensor.copy_, (out, operation.args[0]), {}, (out,))]
+
+
+@_rule(ROUNDING, "sum")
+def _sum_of_everything(operation: Operation) -> list[Call] | None:
+    """It has no variant with memory for the result; the sum over all dimensions has one."""
+    if len(operation.args) > 1 or operation.kwargs:
+        return None
+    (x,), out = operation.args, operation.result
+    return [Call(th.sum, (x, list(range(x.dim()))), {"out": out}, (out,))] if x.is_floating_point() else None
+
+
+@_rule(ROUNDING, "mse_loss")
+def _mean_square(operation: Operation) -> list[Call] | None:
+    """It has none either where it takes the mean."""
+    x, y, *reduction = operation.args
+    if reduction not in ([], [1]) or operation.kwargs:
+        return None
+    difference = th.empty_like(x)
+    return [
+        Call(th.sub, (x, y), {"out": difference}, (difference,), elementwise=True),
+        Call(th.mul, (difference, difference), {"out": difference}),
+        Call(th.mean, (difference,), {"out": operation.result}, (operation.result,)),
+    ]
+
+
+@_rule(ROUNDING, "mm")
+def _product(operation: Operation) -> list[Call] | None:
+    """See `products`."""
+    a, b = operation.args
+    return _products(operation.result, a, b, None)
+
+
+@_rule(ROUNDING, "addmm")
+def _product_and_bias(operation: Operation) -> list[Call] | None:
+    """The bias is added to the product, where PyTorch would copy it to the result first; a batch of one is a vector."""
+    bias, a, b = operation.args
+    if operation.kwargs or a.device.type != "cpu":
+        return None
+    if a.shape[0] == 1 and bias.dim() == 1:
+        row = operation.result[0]
+        return [Call(th.addmv, (bias, b.t(), a[0]), {"out": row}, (row,))]
+    return _products(operation.result, a, b, bias)
+
+
+@_rule(ROUNDING, "linear")
+def _linear(operation: Operation) -> list[Call] | None:
+    """What ``linear`` is where nobody has taken it apart: without gradients."""
+    x, weight, *bias = operation.args
+    if x.dim() != 2 or x.shape[0] == 1 or x.device.type != "cpu":
+        return None
+    return _products(operation.result, x, weight.t(), bias[0] if bias else None)
+
+
+def _products(out: th.Tensor, a: th.Tensor, b: th.Tensor, bias: th.Tensor | None) -> list[Call]:
+    vector = bias is None or bias.dim() == 1
+    if products.takes_onednn(a, b) and vector:
+        return [Call(products.by_onednn, (out, a, b.t(), bias), {}, (out,))]
+    count = products.pieces(a, b)
+    if count == 1:
+        product = Call(th.mm, (a, b), {"out": out}, (out,))
+    else:
+        parts = a.unflatten(0, (count, -1)), b.expand(count, *b.shape)
+        product = Call(th.bmm, parts, {"out": out.view(count, -1, out.shape[1])}, (out,))
+    return [product] if bias is None else [product, Call(th.Tensor.add_, (out, bias), {})]
+
+
+def rewritten(operations: Sequence[Operation], rounding: bool = True) -> list[Call]:
+    """
+    :param operations: in their order
+    :param rounding: as in `calls`
+    :return: the calls of a replay
+    """
+    return [call for operation in operations for call in calls(operation, rounding)]

@@ -1,0 +1,207 @@
+"""
+A function of tensors as the list of its operations, with the memory that they read and write.
+
+What is noted is done again without Python, so whatever a function takes from Python is frozen. Here everything is refused
+that could be frozen without anybody noticing: values of tensors read as numbers, and tensors that nobody watches.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch as th
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+Key = int
+"""Identifies a piece of memory while somebody holds a tensor in it."""
+VALUE_READERS = frozenset(
+    {"item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__"}
+)
+"""Methods of a tensor that hand its values to Python."""
+
+
+class RefusedError(Exception):
+    """The function does something that a list of operations cannot do again."""
+
+
+def tensors(values: Any) -> list[th.Tensor]:
+    """
+    :param values: tensors in lists, tuples, dicts, or anything else
+    :return: the tensors
+    """
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, th.Tensor)]
+
+
+def memory(tensor: th.Tensor) -> Key:
+    """
+    :param tensor: with memory
+    :return: the key of its storage, the same for all of its views
+    """
+    return tensor.untyped_storage()._cdata
+
+
+def whole(tensor: th.Tensor) -> th.Tensor:
+    """
+    :param tensor: with memory
+    :return: ``(n,)`` everything that is in its memory
+    """
+    numbers = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return tensor.detach().as_strided((numbers,), (1,), 0)
+
+
+class Operation(NamedTuple):
+    """One operation that was done."""
+
+    function: Any
+    """An ``OpOverload``, or a Python function that is called again as it is."""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    """What it returned in new memory; None if it wrote to the memory of its arguments alone."""
+
+    @property
+    def name(self) -> str:
+        """The operation's name without its overload: ``"addmm"``."""
+        schema = getattr(self.function, "_schema", None)
+        return "" if schema is None else schema.name.removeprefix("aten::")
+
+
+class Tape:
+    """
+    Notes the operations of a function, see `recording`.
+
+    :param watched: tensors that may be read and written: parameters, buffers, optimizer states, inputs
+    """
+
+    def __init__(self, watched: Iterable[th.Tensor]) -> None:
+        self.operations: list[Operation] = []
+        self.external: dict[Key, th.Tensor] = {memory(tensor): tensor.detach() for tensor in watched}
+        """By its key memory that is not the tape's own."""
+        self.checks: list[th.Tensor] = []
+        """Booleans that ``torch.distributions`` has asked for; the function went on as if all were true."""
+        self._made: dict[Key, list[weakref.ref[th.Tensor]]] = {}
+        self.paused = False
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Operations of this thread are noted in this context. A function that is refused raises a `RefusedError`."""
+        with _Values(self), _Operations(self):
+            yield
+
+    def call(self, function: Callable[[], None]) -> None:
+        """
+        Call a function that is not looked into, now and at every replay.
+
+        :param function: that reads and writes external memory alone
+        """
+        self.paused = True
+        try:
+            function()
+        finally:
+            self.paused = False
+        self.operations.append(Operation(function, (), {}, None))
+
+    def watch(self, tensor: th.Tensor) -> None:
+        """
+        :param tensor: may be read and written from now on
+        """
+        self.external[memory(tensor)] = tensor.detach()
+
+    def escaped(self) -> set[Key]:
+        """The memory of results that somebody still holds when the function has returned."""
+        return {key for key, references in self._made.items() if any(one() is not None for one in references)}
+
+    def check(self, function: Any, values: Any) -> None:
+        """
+        :param function: an operation that is about to be done
+        :param values: its arguments
+        :raises RefusedError: if it depends on values that a replay would not look at, or on memory that nobody watches
+        """
+        given = tensors(values)
+        tags = {th.Tag.data_dependent_output, th.Tag.dynamic_output_shape}.intersection(function.tags)
+        if tags and not (function.overloadpacket is th.ops.aten.index and not any(_is_mask(t) for t in given[1:])):
+            raise RefusedError(f"{function} depends on the values of a tensor")
+        for tensor in given:
+            if tensor.layout is not th.strided or type(tensor) not in (th.Tensor, th.nn.Parameter):
+                raise RefusedError(f"{function} is given a {type(tensor).__name__} of layout {tensor.layout}")
+            if memory(tensor) not in self._made and memory(tensor) not in self.external:
+                if function.overloadpacket is not th.ops.aten.lift_fresh:  # a constant: th.tensor(3.0)
+                    raise RefusedError(f"{function} is given a tensor of shape {tuple(tensor.shape)} that nobody watches")
+                self.watch(tensor)
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """
+        :param function: an operation that was done
+        :param args: its arguments
+        :param kwargs: its arguments by name
+        :param result: what it returned
+        """
+        given = {memory(tensor) for tensor in tensors((args, kwargs))}
+        new = [tensor for tensor in tensors(result) if memory(tensor) not in given]
+        for tensor in tensors(result):
+            if memory(tensor) not in self.external:
+                self._made.setdefault(memory(tensor), []).append(weakref.ref(tensor))
+        if new or function._schema.is_mutable:  # anything else is a view
+            # without the graph; as views share memory, what is noted here is not freed
+            plain = tree_map_only(th.Tensor, th.Tensor.detach, (args, kwargs, result))
+            self.operations.append(Operation(function, plain[0], plain[1], plain[2] if new else None))
+
+
+def _is_mask(tensor: th.Tensor) -> bool:
+    return tensor.dtype in (th.bool, th.uint8)
+
+
+class _Operations(TorchDispatchMode):
+    """The part of a tape that sees operations."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        self._tape = tape
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._tape.paused:
+            return func(*args, **kwargs)
+        self._tape.check(func, (args, kwargs))
+        result = func(*args, **kwargs)
+        self._tape.note(func, args, kwargs, result)
+        return result
+
+
+class _Values(TorchFunctionMode):
+    """The part of a tape that sees Python functions: those that read values never become operations."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self._tape = tape
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._tape.paused:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__bool__" and _asked_by("torch.distributions"):
+            self._tape.checks.append(args[0])
+            return True
+        if name in VALUE_READERS:
+            raise RefusedError(f"{name} reads the values of a tensor")
+        if func is th.nn.functional.one_hot:
+            return _one_hot(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _asked_by(package: str) -> bool:
+    """Whether the function that is running was called from a module of ``package``."""
+    frame = sys._getframe(2)
+    return str(frame.f_globals.get("__name__", "")).startswith(package)
+
+
+def _one_hot(tensor: th.Tensor, num_classes: int = -1) -> th.Tensor:
+    """``F.one_hot`` without a look at the values."""
+    if num_classes < 0:
+        raise RefusedError("one_hot counts the classes")
+    return (tensor.unsqueeze(-1) == th.arange(num_classes, device=tensor.device)).long()
