@@ -187,7 +187,7 @@ class CheckpointMixin(BaseAlgorithm):
         super().set_parameters(self._translated_parameters(parameters), exact_match, device)
 
     def _joint_optimizers(self) -> dict[str, tuple[str, ...]]:
-        """Each optimizer of the SB3 algorithm that is several here, an attribute of what has its parameters: their attributes."""
+        """Each optimizer of the SB3 algorithm that is several here, by its attribute: their attributes."""
         return {}
 
     def _translated_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:

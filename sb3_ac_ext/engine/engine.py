@@ -3,6 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,15 +11,17 @@ import numpy as np
 import torch as th
 
 from sb3_ac_ext.engine import network as steps_of_networks
-from sb3_ac_ext.engine.guard import Guard, modules_in, noted_reads, tensors_in
+from sb3_ac_ext.engine.guard import Guard, modules_in, noted_reads, tensors_in, tensors_of_helpers
 from sb3_ac_ext.engine.network import Network, Steps
 from sb3_ac_ext.engine.recording import TOLERANCE, Graph, Inputs, Recording, Replay, Values, difference, leaves, restored
 from sb3_ac_ext.engine.tape import RefusedError, Tape, memory, tensors, whole
 
 WARM_UP = 3
-"""Times that a function has run for batches of one kind before it is recorded."""
-LONGEST_WARM_UP = 100
-"""The same where what it depends on changes again and again."""
+"""Times that a function that changes nothing runs for batches of one kind before it is recorded."""
+PATIENCE = 2
+"""Changes of what a recording depends on after which the function is recorded again at once."""
+LONGEST_WAIT = 100
+"""Runs after which it is tried again at the latest, where recordings were of no use."""
 MOST_KINDS = 64
 """Kinds of batches (function, options, shapes) that are remembered."""
 MOST_RECORDINGS = 16
@@ -51,25 +54,29 @@ class Outputs(Mapping[str, th.Tensor]):
 class _Kind:
     """A function with batches and options of one kind, which one recording serves."""
 
-    def __init__(self, function: Function, options: tuple[Hashable, ...]) -> None:
+    def __init__(self, function: Function, options: tuple[Hashable, ...], wait: int) -> None:
         self.name = function.__name__.lstrip("_") + (f"({', '.join(map(str, options))})" if options else "")
-        self.runs, self.warm_up = 0, WARM_UP
+        self.wait = wait
+        """Ordinary runs before it is recorded."""
         self.reason = "it has not run often enough"
         """Why it is not replayed."""
-        self.reads: dict[str, Any] = {}
-        """What the function has read from its owner when it ran last before it was recorded."""
-        self.used: dict[str, Network] = {}
-        """The networks that it trained then."""
         self.recording: Recording | None = None
         self.guard: Guard | None = None
         self.verified = False
+        """Whether a replay came to the same as the function for another batch than the recorded one."""
         self.look = -1
         """The number of the look at which nothing had changed."""
+        self._changes = 0
 
-    def forget(self, reason: str) -> None:
-        """Wait twice as long as before the last recording."""
-        self.recording, self.guard, self.verified, self.runs = None, None, False, 0
-        self.warm_up, self.reason = min(2 * self.warm_up, LONGEST_WARM_UP), reason
+    def forget(self, reason: str, wait: int | None = None) -> None:
+        """
+        :param reason: why the recording is of no use
+        :param wait: ordinary runs before the next one; None for more and more of them
+        """
+        self._changes += 1
+        self.recording, self.guard, self.verified, self.reason = None, None, False, reason
+        again = 0 if self._changes <= PATIENCE else min(2**self._changes, LONGEST_WAIT)
+        self.wait = again if wait is None else wait
 
 
 class _Means:
@@ -241,17 +248,13 @@ class Engine:
         if self._norms is not None:  # a function of a function
             return Outputs(function(batch, *options) or {}, shared=False)
         self._updates += 1
-        kind = self._kind(function, batch, options)
-        recording = self._current(kind, self._look)
-        if recording is None:
-            with self._lock:
-                outputs = self._run_or_record(kind, function, batch, options)
-        elif recording.run(_filled(batch)):
-            outputs = Outputs(recording.outputs, shared=True)
-            if recording not in self._replayed:
-                self._replayed.append(recording)
-        else:  # something that PyTorch's distributions would have refused: let them say what
-            outputs = Outputs(self._ordinary(function, batch, options), shared=False)
+        kind = self._kind(function, batch, options, wait=0)
+        if kind.recording is not None and kind.look != self._look:
+            self._look_at(kind, self._look)
+        with self._lock if not kind.verified else nullcontext():
+            outputs = self._replay(kind, function, batch, options) if self.enabled else None
+            if outputs is None:
+                outputs = Outputs(self._call(function, _as_tensors(batch, self.device), options), shared=False)
         means = self._means.get((function.__func__, options))  # type: ignore[attr-defined]
         if means is not None:
             means.count += 1
@@ -259,30 +262,42 @@ class Engine:
 
     def evaluate(self, function: Function, batch: tuple[np.ndarray, ...], *options: Hashable) -> dict[str, np.ndarray] | None:
         """
-        `run` for functions that change nothing, as a policy's action; from any thread, at any time, without gradients.
+        `run` for functions that change nothing, as a policy's action: from any thread, at any time, without gradients and to
+        the same bits.
 
         :param function: a bound method of the owner
         :param batch: arrays
         :param options: further arguments, which a recording belongs to
-        :return: copies of what the function returned; None if it has not run, as another thread is recording
+        :return: copies of what the function returned; None if it has not run, as it is not replayed
         """
         if not self.enabled:
             return None
-        kind = self._kind(function, batch, options)
-        recording = self._current(kind, None)
-        if recording is not None:
-            with recording.lock:
-                if recording.run(batch):
-                    return {name: value.copy() for name, value in recording.arrays.items()}
-            return None
-        if self._lock.acquire(blocking=False):
-            try:
-                with th.no_grad():
-                    outputs = self._run_or_record(kind, function, batch, options)
-                return {name: value.cpu().numpy().copy() for name, value in outputs.items()}
-            finally:
-                self._lock.release()
+        kind = self._kind(function, batch, options, WARM_UP)
+        recording = kind.recording
+        if recording is None or not kind.verified:
+            return self._first_evaluations(kind, function, batch, options)
+        with recording.lock:
+            if self._look_at(kind, -1) and recording.run(batch):
+                return recording.copies()
         return None
+
+    def _first_evaluations(
+        self, kind: _Kind, function: Function, batch: tuple[np.ndarray, ...], options: tuple[Hashable, ...]
+    ) -> dict[str, np.ndarray] | None:
+        if kind.wait > 0:
+            kind.wait -= 1
+            return None
+        if not self._lock.acquire(blocking=False):
+            return None  # another thread is recording
+        try:
+            with th.no_grad():
+                if kind.recording is None:
+                    self._record(kind, function, batch, options, {})
+                elif self._look_at(kind, -1):
+                    self._verify(kind, function, batch, options, {})
+                return None if kind.recording is None else kind.recording.copies()
+        finally:
+            self._lock.release()
 
     def parameter_norms(self) -> dict[str, float]:
         """
@@ -306,54 +321,46 @@ class Engine:
 
     # How it does that
 
-    def _kind(self, function: Any, batch: tuple[Any, ...], options: tuple[Hashable, ...]) -> _Kind:
+    def _kind(self, function: Any, batch: tuple[Any, ...], options: tuple[Hashable, ...], wait: int) -> _Kind:
         if getattr(function, "__self__", None) is not self._owner:
             raise TypeError(f"function must be a bound method of the {type(self._owner).__name__}, got {function!r}")
         key = function.__func__, options, *map(_signature, leaves(batch))
         kind = self._kinds.get(key)
         if kind is None:
-            kind = self._kinds[key] = _Kind(function, options)
+            kind = self._kinds[key] = _Kind(function, options, wait)
             while len(self._kinds) > MOST_KINDS:
                 self._kinds.popitem(last=False)
         self._kinds.move_to_end(key)
         return kind
 
-    def _current(self, kind: _Kind, look: int | None) -> Recording | None:
-        """The kind's recording if it may be replayed; ``look`` is the number of the last look at everything, None for now."""
-        if not kind.verified or kind.guard is None:
-            return None
-        if kind.look != look or look is None:
-            change = kind.guard.change(self.networks)
-            if change is not None:
-                kind.forget(f"{change} changed")
-                return None
-            kind.look = -1 if look is None else look
-        return kind.recording
+    def _look_at(self, kind: _Kind, look: int) -> bool:
+        """Whether the kind's recording may be replayed, as everything is now."""
+        assert kind.guard is not None
+        change = kind.guard.change(self.networks)
+        if change is not None:
+            kind.forget(f"{change} changed")
+            return False
+        kind.look = look
+        return True
 
-    def _run_or_record(
+    def _replay(
         self, kind: _Kind, function: Function, batch: tuple[Any, ...], options: tuple[Hashable, ...]
-    ) -> Outputs:
-        kind.runs += 1
-        self._used = kind.used
-        self._used.update((name, network) for name, network in self.networks.items() if name in self._used)  # as they are now
-        if self.enabled and kind.recording is not None:
-            return self._verify(kind, function, batch, options)
-        if not self.enabled or kind.runs < kind.warm_up:
-            return Outputs(self._ordinary(function, batch, options), shared=False)
-        if kind.runs == kind.warm_up:
-            kind.reads.clear()
-            kind.used.clear()
-            with noted_reads(self._owner, kind.reads.setdefault):
-                return Outputs(self._ordinary(function, batch, options), shared=False)
-        reason = self._obstacle(kind)
-        if reason is None:
-            return self._record(kind, function, batch, options)
-        kind.forget(reason)
-        return Outputs(self._ordinary(function, batch, options), shared=False)
-
-    def _ordinary(self, function: Function, batch: tuple[Any, ...], options: tuple[Hashable, ...]) -> Values:
-        """The function as it stands."""
-        return self._call(function, _as_tensors(batch, self.device), options)
+    ) -> Outputs | None:
+        """What the function returns, by a replay; None if it is to run as it stands."""
+        if kind.recording is None:
+            if kind.wait > 0:
+                kind.wait -= 1
+                return None
+            self._record(kind, function, batch, options, self.networks)
+        elif not kind.verified:
+            self._verify(kind, function, batch, options, self.networks)
+        elif not kind.recording.run(_filled(batch)):
+            return None  # PyTorch's distributions have something to say
+        if kind.recording is None:
+            return None
+        if kind.recording not in self._replayed:
+            self._replayed.append(kind.recording)
+        return Outputs(kind.recording.outputs, shared=True)
 
     def _call(self, function: Function, batch: tuple[Any, ...], options: tuple[Hashable, ...]) -> Values:
         """The function, and what is logged of it."""
@@ -381,12 +388,6 @@ class Engine:
         with th.no_grad():
             means.sums.add_(th.stack([*logged.values()]))
 
-    def _obstacle(self, kind: _Kind) -> str | None:
-        """Why the function cannot be recorded now."""
-        if self.device.type not in ("cpu", "cuda"):
-            return f"the device is {self.device}"
-        return Guard(self._owner, kind.reads, kind.used).obstacle()
-
     def _steps_of(self, network: Network) -> Steps:
         steps = self._steps.get(network.optimizer)
         if steps is None or not steps.serve(network):
@@ -394,87 +395,157 @@ class Engine:
             steps.rate.fill_(network.rate)
         return steps
 
-    def _state(self, reads: Mapping[str, Any]) -> list[th.Tensor]:
+    def _state(self, networks: Mapping[str, Network]) -> list[th.Tensor]:
         """Tensors that a function may read and change."""
-        found = tensors_in(modules_in(reads.values())) + [tensor for value in reads.values() for tensor in tensors(value)]
-        for network in self._used.values():
-            found += tensors_in(modules_in([network.module, network.target]))
+        modules = [module for network in networks.values() for module in (network.module, network.target)]
+        found = tensors_in(modules_in([*vars(self._owner).values(), *modules]))
+        found += [tensor for value in vars(self._owner).values() for tensor in _tensors_in_value(value)]
+        for network in networks.values():
             found += network.parameters + tensors(list(network.optimizer.state.values()))
         found += [means.sums for means in self._means.values()]
         return list({memory(tensor): whole(tensor) for tensor in found}.values())
 
-    def _record(self, kind: _Kind, function: Function, batch: tuple[Any, ...], options: tuple[Hashable, ...]) -> Outputs:
-        """Run the function, note what it does, and keep that if it can be replayed."""
-        own = []
-        for network in self._used.values():
-            steps = self._steps_of(network)
-            steps.bind(network)
-            own += steps.tensors()
+    def _obstacle(self, networks: Mapping[str, Network]) -> str | None:
+        """Why nothing can be recorded now."""
+        if self.device.type not in ("cpu", "cuda"):
+            return f"the device is {self.device}"
+        return Guard(self._owner, vars(self._owner), networks).obstacle()
+
+    def _record(
+        self,
+        kind: _Kind,
+        function: Function,
+        batch: tuple[Any, ...],
+        options: tuple[Hashable, ...],
+        networks: Mapping[str, Network],
+    ) -> None:
+        """
+        Run the function, note what it does, replay that from the same state, and keep it if both come to the same.
+
+        Without that everything is as it was before.
+        """
+        reason = self._obstacle(networks)
+        if reason is not None:
+            kind.forget(reason)
+            return
+        for network in networks.values():
+            self._steps_of(network).bind(network)
+        state = self._state(networks)
+        restore = restored(state, self.device, [network.optimizer for network in networks.values()])
+        try:
+            kind.recording, kind.guard = self._recorded(function, batch, options, state, networks)
+        except Exception as error:
+            restore()
+            refused = isinstance(error, RefusedError)  # anything else is the function's fault; it will say so where it runs
+            kind.forget(str(error) if refused else f"a {type(error).__name__} while it was recorded", LONGEST_WAIT)
+        else:
+            kind.verified, kind.look, kind.reason = False, self._look, "it has run once"
+            if isinstance(kind.recording.replay, Replay):
+                expected = self._results(kind.recording, state)
+                restore()
+                known = {*map(memory, state)}
+                for tensor in self._state(networks):
+                    if memory(tensor) not in known:  # the state of an optimizer before its first step, or a new sum
+                        tensor.zero_()
+                kind.recording.replay()
+                self._compare(kind, expected, state, restore)
+            else:
+                kind.recording.replay()  # capturing does not execute
+            self._limit_recordings()
+
+    def _recorded(
+        self,
+        function: Function,
+        batch: tuple[Any, ...],
+        options: tuple[Hashable, ...],
+        state: Sequence[th.Tensor],
+        networks: Mapping[str, Network],
+    ) -> tuple[Recording, Guard]:
+        steps = [tensor for network in networks.values() for tensor in self._steps_of(network).tensors()]
         inputs = Inputs(_as_tensors(batch, self.device), self.device)
-        state = self._state(kind.reads)
-        restore = restored(state, self.device)
+        others = tensors_of_helpers(modules_in(vars(self._owner).values()))
+        tape = Tape([*state, *others, *inputs.tensors, *steps])
         reads: dict[str, Any] = {}
-        self._tape = tape = Tape([*state, *own, *inputs.tensors])
+        self._used = {}
+        if networks:
+            self._tape = tape
+        run = self._function(function, bool(networks))
         try:
             with noted_reads(self._owner, reads.setdefault):
                 if self.device.type == "cuda":
-                    replay: Replay | Graph = Graph(lambda: self._call(function, inputs.batch, options))
+                    replay: Replay | Graph = Graph(lambda: run(inputs.batch, *options))
                     outputs, checks = replay.outputs, None
                     if tape.operations:
                         raise RefusedError("an optimizer that is not Adam")
                 else:
                     with tape.recording():
-                        outputs = self._call(function, inputs.batch, options)
+                        outputs = run(inputs.batch, *options)
                         checks = th.stack(tape.checks).all() if tape.checks else None
                     lasting = outputs if checks is None else {**outputs, "": checks}
                     outputs = {name: value.detach() for name, value in outputs.items()}
-                    replay = Replay(tape, lasting, self._rounding)
-        except Exception as error:
-            restore()
-            self._tape = None
-            kind.forget(str(error) if isinstance(error, RefusedError) else f"{type(error).__name__} while it was recorded")
-            kind.warm_up = LONGEST_WARM_UP
-            return Outputs(self._ordinary(function, batch, options), shared=False)  # if it is at fault, it says so here
+                    replay = Replay(tape, lasting, self._rounding and bool(networks))
         finally:
-            self._tape = None
+            if networks:
+                self._tape = None
         gradients = [(p, p.grad) for network in self._used.values() for p in network.parameters if p.grad is not None]
-        kind.recording = Recording(replay, inputs, outputs, checks, gradients)
         used = {memory(tensor) for operation in tape.operations for tensor in tensors(operation[1:])}
-        kind.guard = Guard(self._owner, reads, kind.used, None if isinstance(replay, Graph) else used)
-        kind.reason = "it has not been compared yet"
-        self._limit_recordings()
-        if isinstance(replay, Graph):
-            replay()  # capturing does not execute
-        return Outputs(kind.recording.outputs, shared=True)
+        guard = Guard(self._owner, reads, self._used, None if isinstance(replay, Graph) else used)
+        return Recording(replay, inputs, outputs, checks, gradients), guard
+
+    def _verify(
+        self,
+        kind: _Kind,
+        function: Function,
+        batch: tuple[Any, ...],
+        options: tuple[Hashable, ...],
+        networks: Mapping[str, Network],
+    ) -> None:
+        """Run the function and replay it from the same state, for another batch than the recorded one."""
+        assert kind.recording is not None
+        recording, state = kind.recording, self._state(networks)
+        restore = restored(state, self.device, [network.optimizer for network in networks.values()])
+        outputs = self._function(function, bool(networks))(_as_tensors(batch, self.device), *options)
+        gradients = [th.zeros_like(p) if p.grad is None else p.grad for p, _ in recording.gradients]
+        expected = [[tensor.detach().clone() for tensor in part] for part in ([*outputs.values()], gradients, state)]
+        restore()
+        recording.run(_filled(batch))
+        self._compare(kind, expected, state, restore)
+        kind.verified = kind.recording is not None
+
+    def _function(self, function: Function, trains: bool) -> Callable[..., Values]:
+        """The function, with what is logged of it if it trains networks."""
+        if trains:
+            return lambda batch, *options: self._call(function, batch, options)
+        return lambda batch, *options: function(batch, *options) or {}
+
+    @staticmethod
+    def _results(recording: Recording, state: Sequence[th.Tensor]) -> list[list[th.Tensor]]:
+        parts = [*recording.outputs.values()], [gradient for _, gradient in recording.gradients], state
+        return [[tensor.detach().clone() for tensor in part] for part in parts]
+
+    def _compare(
+        self,
+        kind: _Kind,
+        expected: Sequence[Sequence[th.Tensor]],
+        state: Sequence[th.Tensor],
+        restore: Callable[[], None],
+    ) -> None:
+        """Keep the recording if its replay came to what the function did, otherwise put everything back."""
+        assert kind.recording is not None
+        apart = max(map(difference, self._results(kind.recording, state), expected))
+        if apart > TOLERANCE:
+            restore()
+            kind.forget(f"a replay differs from the function by {apart:.1e} of a result's norm", LONGEST_WAIT)
 
     def _limit_recordings(self) -> None:
         recorded = [kind for kind in self._kinds.values() if kind.recording is not None]
         for kind in recorded[:-MOST_RECORDINGS]:
-            kind.forget("others were used later")
+            kind.forget("others were used later", WARM_UP)
 
-    def _verify(self, kind: _Kind, function: Function, batch: tuple[Any, ...], options: tuple[Hashable, ...]) -> Outputs:
-        """Replay and run the function from the same state, and trust the replay if both come to the same."""
-        assert kind.guard is not None and kind.recording is not None
-        change = kind.guard.change(self.networks)
-        if change is not None:
-            kind.forget(f"{change} changed")
-            return Outputs(self._ordinary(function, batch, options), shared=False)
-        recording, state = kind.recording, self._state(kind.reads)
-        restore = restored(state, self.device)
-        recording.run(_filled(batch))
-        trained = [parameter for parameter, _ in recording.gradients]
-        results = [*recording.outputs.values()], [gradient for _, gradient in recording.gradients], state
-        replayed = [[tensor.detach().clone() for tensor in part] for part in results]
-        restore()
-        outputs = self._ordinary(function, batch, options)
-        gradients = [th.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        apart = max(map(difference, replayed, ([*outputs.values()], gradients, state)))
-        if apart <= TOLERANCE:
-            kind.verified, kind.look = True, -1
-        else:
-            kind.forget(f"a replay differs from the function by {apart:.1e} of a result's norm")
-            kind.warm_up = LONGEST_WARM_UP
-        return Outputs(outputs, shared=False)
+
+def _tensors_in_value(value: Any) -> list[th.Tensor]:
+    """The tensors of an attribute that is a tensor, or a list or dict of some."""
+    return tensors(value) if isinstance(value, (th.Tensor, list, tuple, dict)) else []
 
 
 def _signature(value: Any) -> Hashable:

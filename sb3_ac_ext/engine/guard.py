@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as torch_optimizer
 
-from sb3_ac_ext.engine.network import Network
+from sb3_ac_ext.engine.network import Network, is_adam
 from sb3_ac_ext.engine.tape import Key, memory, tensors
 
 MODULE_HOOKS = (
@@ -105,14 +105,19 @@ def _computes(value: Any) -> bool:
 def tensors_in(modules: Iterable[nn.Module]) -> list[th.Tensor]:
     """
     :param modules: whose submodules are among them
-    :return: parameters, buffers and other tensors that their code can read
+    :return: parameters, buffers and other tensors that are attributes
     """
-    found: list[th.Tensor] = []
-    for module in modules:
-        parts = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
-        parts += [value for helper in helpers_of(module) for value in vars(helper).values()]
-        found += [part for part in parts if isinstance(part, th.Tensor)]
-    return found
+    parts = ([*m._parameters.values(), *m._buffers.values(), *vars(m).values()] for m in modules)
+    return [part for parts_of_module in parts for part in parts_of_module if isinstance(part, th.Tensor)]
+
+
+def tensors_of_helpers(modules: Iterable[nn.Module]) -> list[th.Tensor]:
+    """
+    :param modules: whose submodules are among them
+    :return: tensors that `helpers_of` these hold, as the noise matrix of SB3's gSDE
+    """
+    parts = (value for module in modules for helper in helpers_of(module) for value in vars(helper).values())
+    return [part for part in parts if isinstance(part, th.Tensor)]
 
 
 def _used_modules(modules: Iterable[nn.Module], used: Collection[Key]) -> list[nn.Module]:
@@ -202,7 +207,7 @@ class Guard:
     def _state_tensors(self) -> list[Any]:
         found = []
         for network, state in zip(self._networks.values(), self._states, strict=True):
-            for parameter in network.parameters:
+            for parameter in network.parameters if is_adam(network.optimizer) else ():
                 found += [value for value in state.get(parameter, {}).values() if isinstance(value, th.Tensor)]
         return found
 

@@ -12,7 +12,7 @@ from stable_baselines3.common.utils import polyak_update, update_learning_rate
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from sb3_ac_ext.engine.tape import RefusedError, Tape
+from sb3_ac_ext.engine.tape import Tape, tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 """The names of Adam's moments in its state."""
@@ -224,7 +224,7 @@ def recorded_step(network: Network, steps: Steps, tape: Tape) -> th.Tensor:
                     clip_grads_with_norm_(parameters, network.max_grad_norm, get_total_norm(own))
         decay(network, [p.grad for p in network.parameters])
         if is_adam(network.optimizer):
-            _fused_adam(network, steps)
+            _fused_adam(network, steps, tape)
         else:
             tape.call(partial(_plain_step, network.optimizer, trained))
     return norm
@@ -237,11 +237,27 @@ def _plain_step(optimizer: th.optim.Optimizer, gradients: Sequence[tuple[nn.Para
         optimizer.step()
 
 
-def _fused_adam(network: Network, steps: Steps) -> None:
+def _start_adam(network: Network) -> None:
+    """Adam's state before its first step, as PyTorch makes it for parameters that have a gradient."""
+    for group in network.optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and not network.optimizer.state.get(p):
+                moments = MOMENTS[: 3 if group["amsgrad"] else 2]
+                zeros = {name: th.zeros_like(p, memory_format=th.preserve_format) for name in moments}
+                network.optimizer.state[p] = {"step": th.zeros((), dtype=th.get_default_dtype()), **zeros}
+
+
+def _fused_adam(network: Network, steps: Steps, tape: Tape) -> None:
     """What torch.optim.Adam comes to with ``fused=True``; the rate is read from its tensor."""
     state = network.optimizer.state
     if not all(state.get(p) for p in network.parameters if p.grad is not None):
-        raise RefusedError("the optimizer has no state yet")
+        with tape.pause():
+            first = not any(state.get(p) for p in network.parameters)
+            _start_adam(network)
+            if first:
+                steps.bind(network)
+            for tensor in tensors([steps.tensors(), *(state[p] for p in network.parameters if p.grad is not None)]):
+                tape.watch(tensor)
     counts = [state[p]["step"] for p in network.parameters if p.grad is not None]
     if steps.counts is not None and len(counts) == len(steps.counts):
         steps.counts.add_(1)

@@ -9,6 +9,7 @@ import torch as th
 from torch import nn
 
 from sb3_ac_ext.engine import memory
+from sb3_ac_ext.engine.network import is_adam
 from sb3_ac_ext.engine.rewrites import rewritten
 from sb3_ac_ext.engine.tape import RefusedError, Tape
 
@@ -32,7 +33,7 @@ class Inputs:
         places = list(leaves(self.batch))
         self.tensors = [place for place in places if isinstance(place, th.Tensor)]
         """Of each leaf of the batch that is a tensor or an array."""
-        self._arrays = [t.numpy() if t.device.type == "cpu" and t.dtype != th.bfloat16 else None for t in self.tensors]
+        self._arrays = [*map(_array, self.tensors)]
 
     def fill(self, values: Sequence[Any]) -> None:
         """
@@ -51,6 +52,11 @@ def _static(value: Any, device: th.device) -> Any:
     if isinstance(value, np.ndarray):
         return th.tensor(value, device=device)
     return value.detach().clone() if isinstance(value, th.Tensor) else value
+
+
+def _array(tensor: th.Tensor) -> np.ndarray | None:
+    """A tensor's memory for numpy, which knows neither other devices nor bfloat16."""
+    return tensor.detach().numpy() if tensor.device.type == "cpu" and tensor.dtype != th.bfloat16 else None
 
 
 def leaves(batch: tuple[Any, ...]) -> Iterator[Any]:
@@ -134,7 +140,7 @@ class Recording:
     ) -> None:
         self.replay, self.inputs, self.checks = replay, inputs, checks
         self.outputs, self.gradients = outputs, gradients
-        self.arrays = {name: value.detach().numpy() for name, value in outputs.items() if value.device.type == "cpu"}
+        self._arrays = {name: _array(value) for name, value in outputs.items()}
         self.lock = threading.Lock()
 
     def run(self, values: Sequence[Any]) -> bool:
@@ -146,6 +152,13 @@ class Recording:
         self.replay()
         return self.checks is None or bool(self.checks)
 
+    def copies(self) -> dict[str, np.ndarray]:
+        """
+        :return: copies of the outputs of the last replay, by their names
+        """
+        arrays = self._arrays.items()
+        return {name: self.outputs[name].cpu().numpy() if array is None else array.copy() for name, array in arrays}
+
     def publish_gradients(self) -> None:
         """The gradients of the last replay as the parameters' ``.grad``, where others may have put theirs meanwhile."""
         for parameter, gradient in self.gradients:
@@ -153,15 +166,19 @@ class Recording:
                 parameter.grad = gradient
 
 
-def restored(tensors: Sequence[th.Tensor], device: th.device) -> Callable[[], None]:
+def restored(
+    tensors: Sequence[th.Tensor], device: th.device, optimizers: Sequence[th.optim.Optimizer] = ()
+) -> Callable[[], None]:
     """
     :param tensors: that are about to be changed
     :param device: whose random state is about to advance
+    :param optimizers: that are about to step; what they hold besides ``tensors`` is put back for all but Adam
     :return: what puts everything back to what it is now
     """
     with th.no_grad():
         values = [tensor.detach().clone() for tensor in tensors]
     random = th.get_rng_state(), th.cuda.get_rng_state(device) if device.type == "cuda" else None
+    others = [(o.state, {p: dict(own) for p, own in o.state.items()}) for o in optimizers if not is_adam(o)]
 
     def restore() -> None:
         with th.no_grad():
@@ -170,6 +187,9 @@ def restored(tensors: Sequence[th.Tensor], device: th.device) -> Callable[[], No
         th.set_rng_state(random[0])
         if random[1] is not None:
             th.cuda.set_rng_state(random[1], device)
+        for state, before in others:
+            state.clear()
+            state.update({p: dict(own) for p, own in before.items()})
 
     return restore
 

@@ -98,12 +98,18 @@ class Tape:
 
         :param function: that reads and writes external memory alone
         """
+        with self.pause():
+            function()
+        self.operations.append(Operation(function, (), {}, None))
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done in this context is not looked at."""
         self.paused = True
         try:
-            function()
+            yield
         finally:
             self.paused = False
-        self.operations.append(Operation(function, (), {}, None))
 
     def watch(self, tensor: th.Tensor) -> None:
         """
