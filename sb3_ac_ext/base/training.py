@@ -43,7 +43,7 @@ class TrainingMixin(BaseAlgorithm):
     def _network(
         self,
         name: str,
-        module: nn.Module,
+        module: nn.Module | None,
         optimizer: th.optim.Optimizer,
         target: nn.Module | None = None,
         *,

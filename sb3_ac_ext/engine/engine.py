@@ -382,7 +382,8 @@ class Engine:
         if means is None or means.names != tuple(logged):
             if means is not None and means.count:
                 self._means[key, means.names] = means  # it is read with the others
-            means = self._means[key] = _Means(tuple(logged), self.device)
+            with nullcontext() if self._tape is None else self._tape.pause():
+                means = self._means[key] = _Means(tuple(logged), self.device)
             if self._tape is not None:
                 self._tape.watch(means.sums)
         with th.no_grad():
@@ -473,8 +474,9 @@ class Engine:
         try:
             with noted_reads(self._owner, reads.setdefault):
                 if self.device.type == "cuda":
-                    replay: Replay | Graph = Graph(lambda: run(inputs.batch, *options))
-                    outputs, checks = replay.outputs, None
+                    graph = Graph(lambda: run(inputs.batch, *options))
+                    replay: Replay | Graph = graph
+                    outputs, checks = graph.outputs, None
                     if tape.operations:
                         raise RefusedError("an optimizer that is not Adam")
                 else:

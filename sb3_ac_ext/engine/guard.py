@@ -5,9 +5,8 @@ A recording holds memory and whatever the function has read from Python. Before 
 environment's step, a callback, the user), `Guard.change` looks at all of that, in one place.
 """
 
-import copy
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
@@ -27,6 +26,8 @@ MODULE_HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+OF_MODULES = frozenset(vars(nn.Module()))
+"""The attributes of every module."""
 OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 GLOBAL_HOOKS: tuple[Mapping[Any, Any], ...] = (
     nn_module._global_forward_hooks,
@@ -49,13 +50,13 @@ def noted_reads(owner: Any, note: Read) -> Iterator[None]:
     kind = type(owner)
 
     def read(self: Any, name: str) -> Any:
-        value = kind.__getattribute__(self, name)
+        value = kind.__getattribute__(self, name)  # type: ignore[call-arg]  # of an instance
         if not name.startswith("__"):
             note(name, value)
         return value
 
     names = {"__getattribute__": read, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__slots__": ()}
-    owner.__class__ = type(kind)(kind.__name__, (kind,), names)
+    owner.__class__ = type(kind)(kind.__name__, (kind,), names)  # type: ignore[misc]  # the class's own class
     try:
         yield
     finally:
@@ -151,64 +152,57 @@ class Guard:
     def __init__(
         self, owner: Any, reads: Mapping[str, Any], networks: Mapping[str, Network], used: Collection[Key] | None = None
     ) -> None:
-        self.owner, self._kind = owner, type(owner)
+        self.owner, self._kind, self._networks = owner, type(owner), dict(networks)
         self._process = process_state()
-        self._methods, self._values = _split(owner, reads)
-        roots = [value for value in reads.values() if isinstance(value, nn.Module)]
-        modules = modules_in(roots) if used is None else _used_modules(roots, used)
-        self._modules, self._types = modules, [*map(type, modules)]
-        kinds = {kind: None for kind in self._types}
-        self._kinds, self._forwards = list(kinds), [kind.forward for kind in kinds]
-        self._hooks = [getattr(module, name) for module in modules for name in MODULE_HOOKS]
-        self._live, self._copies = [], []
-        for module in modules:
-            self._keep(vars(module), module._modules)
-            self._keep_numbers(helpers_of(module))
-        self._parameters = [module._parameters for module in modules] + [module._buffers for module in modules]
-        for place in self._parameters:
-            self._keep_names(place)
-        self._parameters = [place for place in self._parameters if place]
-        self._tensors = self._current_tensors()
-        self._networks = dict(networks)
-        self._trained = [parameter for network in networks.values() for parameter in network.parameters]
-        self._states = [network.optimizer.state for network in networks.values()]
-        self._groups = [_options(network) for network in networks.values()]
-        self._settings = [network.settings() for network in networks.values()]
-        for network in networks.values():
-            self._hooks += [getattr(network.optimizer, name) for name in OPTIMIZER_HOOKS]
-        self._memory = [
-            *self._tensors,
-            *self._trained,
-            *self._state_tensors(),
-            *(t for _, v, _ in self._values for t in tensors(v)),
-        ]
+        self._methods = [(name, value.__func__) for name, value in reads.items() if _is_method_of(owner, value)]
+        self._values = [(name, value, _snapshot(value)) for name, value in reads.items() if not _is_method_of(owner, value)]
+        roots = [*reads.values(), *(m for network in networks.values() for m in (network.module, network.target))]
+        roots = [root for root in roots if isinstance(root, nn.Module)]
+        self._look_at_modules(modules_in(roots) if used is None else _used_modules(roots, used))
+        self._look_at_networks()
+        tensors_of_values = [tensor for _, value, _ in self._values for tensor in tensors(value)]
+        self._memory = [*self._tensors, *self._trained, *self._states, *tensors_of_values]
         self._addresses = [tensor.data_ptr() for tensor in self._memory]
-        self._gradients = [p.requires_grad for p in self._trained]
-        self._instances = [_replaced(vars(owner), type(owner)), *(_replaced(vars(m), type(m)) for m in modules)]
+        owners = [owner, *self._modules, *(network.optimizer for network in networks.values())]
+        self._replaced = [name for one in owners for name in _replaced_methods(one)]
 
-    def _keep(self, *places: dict[str, Any]) -> None:
-        for place in places:
-            self._live.append(place)
-            self._copies.append(dict(place))
+    def _look_at_modules(self, modules: list[nn.Module]) -> None:
+        self._modules, self._types = modules, [*map(type, modules)]
+        self._hooks = [getattr(module, name) for module in modules for name in MODULE_HOOKS]
+        helpers = [helper for module in modules for helper in helpers_of(module)]
+        places = [vars(module) for module in modules] + [module._modules for module in modules]
+        tensors_of_modules = [module._parameters for module in modules] + [module._buffers for module in modules]
+        self._named_tensors = [place for place in tensors_of_modules if place]  # compared by identity
+        self._tensors = self._current_tensors()
+        classes = dict.fromkeys(base for kind in self._types for base in kind.__mro__ if _is_of_users(base))
+        self._live: list[Mapping[str, Any]] = [*places, *(p for p in tensors_of_modules if not p), *map(vars, classes)]
+        self._copies = [dict(place) for place in self._live]
+        self._contents: list[tuple[Mapping[str, Any], str, Any]] = [
+            (place, name, _snapshot(value))
+            for place in map(vars, modules)
+            for name, value in place.items()
+            if name not in OF_MODULES and isinstance(value, (list, dict, np.ndarray))
+        ]
+        self._contents += [(vars(h), name, value) for h in helpers for name, value in vars(h).items() if _is_number(value)]
 
-    def _keep_names(self, place: dict[str, Any]) -> None:
-        if not place:  # parameters are compared by identity; what is empty has to stay so
-            self._keep(place)
-
-    def _keep_numbers(self, helpers: Iterable[Any]) -> None:
-        for helper in helpers:
-            for name, value in vars(helper).items():
-                if isinstance(value, (int, float, str, bool, type(None))):
-                    self._values.append((name, value, vars(helper)))
+    def _look_at_networks(self) -> None:
+        networks = self._networks.values()
+        self._trained = [parameter for network in networks for parameter in network.parameters]
+        self._gradients = [parameter.requires_grad for parameter in self._trained]
+        self._state_dicts = [network.optimizer.state for network in networks]
+        self._states = self._current_states()
+        self._settings = [network.settings() for network in networks]
+        self._hooks += [getattr(network.optimizer, name) for network in networks for name in OPTIMIZER_HOOKS]
 
     def _current_tensors(self) -> list[Any]:
-        return [tensor for place in self._parameters for tensor in place.values()]
+        return [tensor for place in self._named_tensors for tensor in place.values()]
 
-    def _state_tensors(self) -> list[Any]:
+    def _current_states(self) -> list[th.Tensor]:
         found = []
-        for network, state in zip(self._networks.values(), self._states, strict=True):
-            for parameter in network.parameters if is_adam(network.optimizer) else ():
-                found += [value for value in state.get(parameter, {}).values() if isinstance(value, th.Tensor)]
+        for network in self._networks.values():
+            if is_adam(network.optimizer):
+                states = (network.optimizer.state.get(parameter, {}) for parameter in network.parameters)
+                found += [value for state in states for value in state.values()]
         return found
 
     def obstacle(self) -> str | None:
@@ -217,15 +211,14 @@ class Guard:
             return "a hook on all modules or optimizers"
         if any(self._hooks):
             return "a hook on a module or an optimizer"
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._trained):
+        if any(map(_has_hook, [*self._trained, *self._tensors])):
             return "a hook on a parameter"
         if th.is_anomaly_enabled():
             return "PyTorch looks for anomalies"
-        replaced = next((names for names in self._instances if names), None)
-        if replaced:
-            return f"a replaced method: {', '.join(replaced)}"
-        strange = next((kind for kind in self._types if "torch._dynamo" in kind.__module__), None)
-        return None if strange is None else f"a compiled module ({strange.__name__})"
+        if self._replaced:
+            return f"a replaced method: {', '.join(self._replaced)}"
+        compiled = next((kind for kind in self._types if kind.__module__.startswith("torch._dynamo")), None)
+        return None if compiled is None else f"a compiled module ({compiled.__name__})"
 
     def change(self, networks: Mapping[str, Network]) -> str | None:
         """
@@ -234,13 +227,7 @@ class Guard:
         """
         try:
             return self._change(networks)
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            KeyError,
-        ) as error:  # of comparing what cannot be compared
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
             return f"something that cannot be compared ({error})"
 
     def _change(self, networks: Mapping[str, Network]) -> str | None:
@@ -248,27 +235,24 @@ class Guard:
             return "a class"
         if any(self._hooks) or any(GLOBAL_HOOKS):
             return "a hook"
-        if self._live != self._copies or [kind.forward for kind in self._kinds] != self._forwards:
+        if self._live != self._copies:
             return "a module"
-        now = self._current_tensors()
-        if len(now) != len(self._tensors) or not all(map(operator.is_, now, self._tensors)):
+        if not _same(self._current_tensors(), self._tensors):
             return "a parameter or buffer"
         if [tensor.data_ptr() for tensor in self._memory] != self._addresses:
             return "the memory of a tensor"
         if process_state() != self._process:
             return "a setting of PyTorch"
-        return self._change_of_values() or self._change_of_networks(networks)
+        return self._change_of_values() or (self._change_of_networks(networks) if self._networks else None)
 
     def _change_of_values(self) -> str | None:
         for name, value, snapshot in self._values:
-            if isinstance(snapshot, dict) and snapshot is not value and name in snapshot and _is_number(value):
-                now = snapshot[name]  # of a helper
-            else:
-                now = getattr(self.owner, name)
-                if snapshot is not None and not _equal(now, snapshot):
-                    return f"{name}"
-            if now is not value and not (type(now) is type(value) and _equal(now, value)):
-                return f"{name}"
+            now = getattr(self.owner, name)
+            if not (now is value or _equal(now, value)) or (snapshot is not value and not _equal(now, snapshot)):
+                return name
+        for place, name, snapshot in self._contents:
+            if place[name] is not snapshot and not _equal(place[name], snapshot):
+                return name
         for name, function in self._methods:
             if getattr(getattr(self.owner, name), "__func__", None) is not function:
                 return f"the method {name}"
@@ -277,57 +261,62 @@ class Guard:
     def _change_of_networks(self, networks: Mapping[str, Network]) -> str | None:
         for i, (name, network) in enumerate(self._networks.items()):
             now = networks.get(name)
-            if now is None or now.optimizer is not network.optimizer or now.optimizer.state is not self._states[i]:
-                return f"the optimizer of {name}"
-            if now.settings() != self._settings[i] or _options(now) != self._groups[i]:
-                return f"a setting of the optimizer of {name}"
-        states = self._state_tensors()
-        known = self._memory[len(self._tensors) + len(self._trained) :][: len(states)]
-        if len(states) > len(known) or not all(map(operator.is_, states, known)):
+            if now is None or now.optimizer is not network.optimizer or now.optimizer.state is not self._state_dicts[i]:
+                return f"the optimizer of the {name}"
+            if now.settings() != self._settings[i] or _replaced_methods(now.optimizer):
+                return f"a setting of the {name} or its optimizer"
+            if not _same(now.parameters, network.parameters):
+                return f"what the optimizer of the {name} trains"
+        if not _same(self._current_states(), self._states):
             return "the state of an optimizer"
-        for parameter, wanted in zip(self._trained, self._gradients, strict=True):
-            if parameter.requires_grad is not wanted:
-                return "which parameters are trained"
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                return "a hook on a parameter"
-        return None
+        if [parameter.requires_grad for parameter in self._trained] != self._gradients:
+            return "which parameters are trained"
+        return "a hook on a parameter" if any(map(_has_hook, self._trained)) else None
 
 
-def _split(owner: Any, reads: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], list[tuple[str, Any, Any]]]:
-    """Methods with their functions, and values with snapshots of what can be changed in place."""
-    methods, values = [], []
-    for name, value in reads.items():
-        if isinstance(value, MethodType) and value.__self__ is owner:
-            methods.append((name, value.__func__))
-        elif isinstance(value, (np.ndarray, dict, list)):
-            snapshot = copy.copy(value)
-            values.append((name, value, snapshot))
-        else:
-            values.append((name, value, None))
-    return methods, values
+def _is_method_of(owner: Any, value: Any) -> bool:
+    return isinstance(value, MethodType) and value.__self__ is owner
+
+
+def _is_of_users(kind: type) -> bool:
+    """Whether a class may have methods that somebody replaces; those of PyTorch and Python are left out."""
+    return kind.__module__.partition(".")[0] not in ("torch", "builtins", "abc", "typing")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, str, bool, type(None)))
 
 
+def _has_hook(tensor: Any) -> bool:
+    return bool(tensor is not None and (tensor._backward_hooks or tensor._post_accumulate_grad_hooks))
+
+
+def _same(now: Sequence[Any], before: Sequence[Any]) -> bool:
+    return len(now) == len(before) and all(map(operator.is_, now, before))
+
+
+def _snapshot(value: Any) -> Any:
+    """A copy of what can be changed in place; the value itself if it cannot."""
+    if isinstance(value, dict):
+        return {key: _snapshot(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [*map(_snapshot, value)]
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
 def _equal(x: Any, y: Any) -> bool:
-    if isinstance(x, th.Tensor) or isinstance(y, th.Tensor):
-        return x is y
-    if isinstance(x, (list, tuple)) and type(x) is type(y):
-        return len(x) == len(y) and all(a is b or _equal(a, b) for a, b in zip(x, y, strict=True))
-    if isinstance(x, dict) and type(x) is type(y):
-        return x.keys() == y.keys() and all(value is y[key] or _equal(value, y[key]) for key, value in x.items())
-    return bool(np.all(x == y))
+    if x is y:
+        return True
+    if type(x) is not type(y) or isinstance(x, (th.Tensor, nn.Module)):
+        return False
+    if isinstance(x, (list, tuple)):
+        return len(x) == len(y) and all(map(_equal, x, y))
+    if isinstance(x, dict):
+        return x.keys() == y.keys() and all(_equal(value, y[key]) for key, value in x.items())
+    return bool(np.array_equal(x, y)) if isinstance(x, np.ndarray) else bool(x == y)
 
 
-def _options(network: Network) -> list[dict[str, Any]]:
-    """The optimizer's options without what may change: rates."""
-    groups = network.optimizer.param_groups
-    return [{key: value for key, value in group.items() if key not in ("lr", "params")} for group in groups]
-
-
-def _replaced(own: Mapping[str, Any], kind: type) -> list[str]:
-    """Methods that stand in an instance in place of its class's."""
-    functions = (name for name, value in own.items() if callable(value) and not isinstance(value, (nn.Module, type)))
-    return [name for name in functions if callable(getattr(kind, name, None))]
+def _replaced_methods(owner: Any) -> list[str]:
+    """The methods that stand in an instance in place of its class's."""
+    functions = (name for name, value in vars(owner).items() if callable(value) and not isinstance(value, (nn.Module, type)))
+    return [name for name in functions if callable(getattr(type(owner), name, None))]

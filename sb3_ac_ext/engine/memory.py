@@ -93,7 +93,7 @@ def _span(tensor: th.Tensor) -> tuple[int, int]:
     """First and last byte plus one that it may touch in its memory."""
     size, start = tensor.element_size(), tensor.storage_offset() * tensor.element_size()
     length = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-    return start, start + length * size
+    return int(start), int(start + length * size)
 
 
 def _forward_copies(
@@ -127,7 +127,8 @@ def _fits(place: th.Tensor, source: th.Tensor) -> bool:
 
 def _renumbered(calls: Sequence[Call], remaining: list[Call], blocks: dict[Key, Block]) -> list[Call]:
     """After calls were left out: the numbers in ``blocks`` are those of the remaining ones."""
-    numbers, kept = [], {id(call) for call in remaining}
+    numbers: list[int] = []
+    kept = {id(call) for call in remaining}
     for call in calls:
         numbers.append((numbers[-1] if numbers else -1) + (id(call) in kept))
     for block in blocks.values():
@@ -201,7 +202,7 @@ def _moved(call: Call, merged: dict[Key, Key], homes: dict[Key, tuple[th.Untyped
             return tensor
         storage, start = homes[key]
         offset = start // tensor.element_size() + tensor.storage_offset()
-        return th.empty(0, dtype=tensor.dtype).set_(storage, offset, tensor.size(), tensor.stride())  # type: ignore[arg-type]
+        return th.empty(0, dtype=tensor.dtype).set_(storage, offset, tensor.size(), tensor.stride())
 
     return _in_place(Call(call.function, *tree_map_only(th.Tensor, now, (call.args, call.kwargs))))
 

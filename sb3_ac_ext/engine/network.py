@@ -26,7 +26,7 @@ class Network:
     """
     A trained network.
 
-    :param module: whose parameters a target follows
+    :param module: whose parameters a target follows; None for a single parameter
     :param optimizer: what it is trained by, and what says which parameters are trained
     :param target: the network that follows it, if there is one
     :param rate: learning rate
@@ -35,7 +35,7 @@ class Network:
     :param clipped: parameters whose gradients are bounded each by themselves; None for all together
     """
 
-    module: nn.Module
+    module: nn.Module | None
     optimizer: th.optim.Optimizer
     target: nn.Module | None = None
     rate: float = 0.0
@@ -48,8 +48,10 @@ class Network:
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def settings(self) -> tuple[Any, ...]:
-        """What a recorded step has read from this record."""
-        return self.weight_decay, self.max_grad_norm, id(self.target)
+        """What a recorded step has read from this record and the optimizer's options, rates apart."""
+        groups = self.optimizer.param_groups
+        options = [{key: value for key, value in group.items() if key not in ("lr", "params")} for group in groups]
+        return self.weight_decay, self.max_grad_norm, id(self.module), id(self.target), options
 
 
 class Steps:
@@ -112,8 +114,6 @@ def is_adam(optimizer: th.optim.Optimizer) -> bool:
     """
     if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
         return False
-    if "step" in vars(optimizer) and not hasattr(vars(optimizer)["step"], "__wrapped__"):
-        return False
     groups = optimizer.param_groups
     return not any(group["capturable"] or group["differentiable"] or isinstance(group["lr"], th.Tensor) for group in groups)
 
@@ -131,7 +131,7 @@ def differentiate(loss: th.Tensor, networks: Iterable[Network]) -> None:
         network.optimizer.zero_grad()
         wanted += [parameter for parameter in network.parameters if parameter.requires_grad]
     if wanted and loss.requires_grad:
-        loss.backward(inputs=wanted)  # type: ignore[no-untyped-call]
+        loss.backward(inputs=wanted)
 
 
 def step(network: Network) -> th.Tensor:
@@ -174,7 +174,7 @@ def follow(network: Network, tau: float) -> None:
     :param network: with a target
     :param tau: share of the online network, in [0, 1]
     """
-    assert network.target is not None
+    assert network.module is not None and network.target is not None
     polyak_update(network.module.parameters(), network.target.parameters(), tau)
 
 
@@ -262,13 +262,13 @@ def _fused_adam(network: Network, steps: Steps, tape: Tape) -> None:
     if steps.counts is not None and len(counts) == len(steps.counts):
         steps.counts.add_(1)
     else:
-        th._foreach_add_(counts, 1)  # type: ignore[attr-defined]
+        th._foreach_add_(counts, 1)
     for group in network.optimizer.param_groups:
         parameters = [p for p in group["params"] if p.grad is not None]
         if not parameters:
             continue
         lists = [[state[p][name] for p in parameters] for name in MOMENTS[: 3 if group["amsgrad"] else 2]]
-        fused = th._fused_adamw_ if group.get("decoupled_weight_decay") else th._fused_adam_  # type: ignore[attr-defined]
+        fused = th._fused_adamw_ if group.get("decoupled_weight_decay") else th._fused_adam_
         fused(
             parameters,
             [p.grad for p in parameters],
@@ -293,11 +293,11 @@ def recorded_follow(network: Network, tau: float) -> None:
     :param network: with a target
     :param tau: share of the online network, in [0, 1]
     """
-    assert network.target is not None
+    assert network.module is not None and network.target is not None
     pairs = zip(network.module.parameters(), network.target.parameters(), strict=True)
     online, target = zip(*pairs, strict=True)
     with th.no_grad():
-        th._foreach_lerp_(target, online, tau)  # type: ignore[attr-defined]
+        th._foreach_lerp_(target, online, tau)
 
 
 def parameter_norm(network: Network) -> th.Tensor:

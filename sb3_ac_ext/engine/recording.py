@@ -215,4 +215,4 @@ def difference(values: Sequence[th.Tensor], expected: Sequence[th.Tensor]) -> fl
         relative.append(apart / (scale + 1e-12))
         absolute.append(apart)
         total += scale**2
-    return max(min(one, 10 * apart / total**0.5) for one, apart in zip(relative, absolute, strict=True))
+    return max(min(one, float(10 * apart / total**0.5)) for one, apart in zip(relative, absolute, strict=True))

@@ -41,7 +41,8 @@ def memory(tensor: th.Tensor) -> Key:
     :param tensor: with memory
     :return: the key of its storage, the same for all of its views
     """
-    return tensor.untyped_storage()._cdata
+    key: Key = tensor.untyped_storage()._cdata
+    return key
 
 
 def whole(tensor: th.Tensor) -> th.Tensor:

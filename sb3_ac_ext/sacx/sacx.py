@@ -79,7 +79,7 @@ class SACX(OffPolicyMixin, SAC):
     :param use_sde: whether to explore with generalised state-dependent exploration (gSDE, Raffin et al. 2021)
     :param sde_sample_freq: environment steps between its noise matrices; -1 for one a rollout
     :param use_sde_at_warmup: whether to act with it until ``learning_starts``, instead of uniformly
-    :param kwargs: `OffPolicyKwargs`
+    :param kwargs: `OffPolicyKwargs`; the other arguments are SB3's, see `OffPolicyArguments`
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for spaces that SAC cannot take
@@ -177,7 +177,7 @@ class SACX(OffPolicyMixin, SAC):
     def _networks(self) -> Mapping[str, Network]:
         policy, rates = self.policy, self._q_rates()
         targets = [None] * len(rates) if self.value_network else self.critic_target.q_networks
-        parts: dict[str, tuple[nn.Module, Any, nn.Module | None, Any]] = {}
+        parts: dict[str, tuple[nn.Module | None, Any, nn.Module | None, Any]] = {}
         for (name, rate), stream, target in zip(rates.items(), self.critic.q_networks, targets, strict=True):
             parts[name] = stream, getattr(policy, f"{name}_optimizer"), target, rate
         parts["critic_features"] = self.critic.features_extractor, policy.critic_features_optimizer, None, None
@@ -187,7 +187,7 @@ class SACX(OffPolicyMixin, SAC):
             parts["value_features"] = value.features_extractor, policy.value_features_optimizer, None, None
         parts["actor"] = self.actor, self.actor.optimizer, None, self.actor_learning_rate
         if self.ent_coef_optimizer is not None:
-            parts["ent_coef"] = nn.Module(), self.ent_coef_optimizer, None, self.ent_coef_learning_rate
+            parts["ent_coef"] = None, self.ent_coef_optimizer, None, self.ent_coef_learning_rate
         return {
             name: self._network(name, module, optimizer, target, rate=rate)
             for name, (module, optimizer, target, rate) in parts.items()
