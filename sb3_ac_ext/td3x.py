@@ -61,7 +61,7 @@ class TD3X(OffPolicyMixin, TD3):
     :param policy_delay: critic updates per update of actor and targets, >= 1
     :param target_policy_noise: sigma, std of the smoothing noise in the scaled action space, >= 0
     :param target_noise_clip: c, its largest absolute value, >= 0
-    :param kwargs: `OffPolicyKwargs`; the other arguments are SB3's
+    :param kwargs: `OffPolicyKwargs`; the other arguments are SB3's, see `OffPolicyArguments`
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for spaces that TD3 cannot take
@@ -155,7 +155,9 @@ class TD3X(OffPolicyMixin, TD3):
         if batch.weights is not None:
             outputs["td_errors"] = td_errors(values, target)
         if delayed:
-            outputs["actor_loss"] = -self.critic.q1_forward(batch.observations, self.actor(batch.observations)).mean()
+            actions = self.actor(batch.observations)
+            q = self.critic.q1_forward(batch.observations, actions)  # type: ignore[arg-type]  # SB3 leaves dicts out
+            outputs["actor_loss"] = -q.mean()
             self._engine.minimise(outputs["actor_loss"], "actor")
             self._update_targets()
         return outputs

@@ -1,6 +1,7 @@
 """What every algorithm of the registry must do; a new row gets these tests."""
 
 import inspect
+import re
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize, VecTransposeImage
 
-from sb3_ac_ext.base.typing import CommonKwargs, constructor_keys
+from sb3_ac_ext.base.typing import CommonKwargs, OffPolicyArguments, constructor_keys
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
 SMALL = {"net_arch": [8, 8]}
@@ -305,9 +306,10 @@ def arguments_of_sb3(spec: AlgoSpec) -> frozenset[str]:
 
 
 def shared_arguments(spec: AlgoSpec) -> frozenset[str]:
-    """Those that the class documents in a TypedDict, with others of its kind."""
+    """Those that are documented in a TypedDict, with others of the class's kind."""
     *_, kwargs = inspect.signature(spec.cls.__init__).parameters.values()
-    return frozenset(kwargs.annotation.__args__[0].__optional_keys__)
+    named = OffPolicyArguments.__optional_keys__ if issubclass(spec.cls, OffPolicyAlgorithm) else frozenset()
+    return frozenset(kwargs.annotation.__args__[0].__optional_keys__ | named)
 
 
 OUR_OWN = {
@@ -330,6 +332,27 @@ def test_documented_arguments_are_sb3s_and_our_own(spec: AlgoSpec) -> None:
     if kind is OffPolicyAlgorithm or spec.cls.sb3_class is not kind:  # type: ignore[attr-defined]
         assert OUR_OWN[kind] <= shared
     assert frozenset(CommonKwargs.__optional_keys__) <= theirs
+
+
+@every_algorithm
+def test_every_argument_is_documented_once(spec: AlgoSpec) -> None:
+    assert spec.cls.__doc__ is not None
+    documented = re.findall(r"^ *:param (\w+):", spec.cls.__doc__, re.MULTILINE)
+    assert sorted([*documented, *shared_arguments(spec)]) == sorted([*constructor_keys(spec.cls), "kwargs"])
+
+
+@every_algorithm
+def test_subclasses_that_hand_arguments_on(spec: AlgoSpec) -> None:
+    class Own(spec.cls):  # type: ignore[name-defined, misc]
+        def __init__(self, *args: Any, own: int = 1, **kwargs: Any) -> None:
+            self.own = own
+            super().__init__(*args, **kwargs)
+
+    assert constructor_keys(Own) == constructor_keys(spec.cls) | {"own"}
+    env = TimeLimit(RandomEnv(BOX, CONTINUOUS), 9)
+    assert Own("MlpPolicy", env, own=2, gamma=0.5).gamma == 0.5
+    with pytest.raises(TypeError, match="did you mean 'gamma'"):
+        Own("MlpPolicy", env, gama=0.5)
 
 
 @every_algorithm

@@ -2,7 +2,8 @@
 
 import inspect
 from functools import cache
-from typing import Any, TypedDict
+from inspect import Parameter
+from typing import Any, Literal, TypedDict, get_args, is_typeddict
 
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -27,8 +28,12 @@ class CommonKwargs(TypedDict, total=False):
     """Where the networks live: "auto", "cpu", "cuda"."""
 
 
-class OffPolicyKwargs(CommonKwargs, total=False):
-    """What every off-policy algorithm takes: SB3's arguments with SB3's meaning and defaults, then the family's own."""
+class OffPolicyArguments(CommonKwargs, total=False):
+    """
+    What every off-policy algorithm takes as SB3's do, with SB3's meaning and defaults.
+
+    The constructors name these in SB3's positional order; here is what they mean.
+    """
 
     buffer_size: int
     """Transitions that the replay buffer holds."""
@@ -54,13 +59,18 @@ class OffPolicyKwargs(CommonKwargs, total=False):
     """Store each observation once; needs ``replay_buffer_kwargs={"handle_timeout_termination": False}``."""
     n_steps: int
     """Rewards summed before bootstrapping."""
+
+
+class OffPolicyKwargs(TypedDict, total=False):
+    """What every off-policy algorithm takes besides, by name."""
+
     max_grad_norm: float | dict[str, float] | None
     """Bound on the gradient's 2-norm, for each network by itself (a dict names them); None does not clip."""
     exploration_noise: dict[str, Any] | None
     """Exploration noise that decays: see `sb3_ac_ext.base.noise.NoiseSchedule`. Not together with ``action_noise``."""
     engine: bool
-    """Whether the fast paths are taken where they apply (`engine_report()` says where); the mathematics is the same."""
-    warmup: str
+    """Whether updates and actions are recorded and replayed (`engine_report()` says which); the mathematics is the same."""
+    warmup: Literal["uniform", "noise"]
     """Until ``learning_starts``: "uniform" draws uniform actions, "noise" the policy's with exploration noise of std 1."""
 
 
@@ -97,21 +107,31 @@ class OnPolicyKwargs(ActingKwargs, total=False):
     By default it is kept, bootstrapped, and goes on in the next rollout."""
 
 
-NOT_ARGUMENTS = frozenset({"self", "kwargs", "_init_setup_model"})
+NOT_ARGUMENTS = frozenset({"self", "_init_setup_model"})
 
 
 @cache
 def constructor_keys(cls: type[BaseAlgorithm]) -> frozenset[str]:
     """
-    The names of every argument that ``cls`` takes, those behind ``**kwargs: Unpack[...]`` included.
+    The names of every argument that ``cls`` takes, those behind ``**kwargs`` included: of a TypedDict, or of the class that
+    they are handed on to.
 
     :param cls: an algorithm
     :return: argument names
     """
     keys: set[str] = set()
-    for name, parameter in inspect.signature(cls.__init__).parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            keys |= parameter.annotation.__args__[0].__optional_keys__
-        else:
-            keys.add(name)
+    for kind in cls.__mro__:
+        if "__init__" not in vars(kind):
+            continue
+        parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]  # of a class, not an instance
+        keys |= {
+            parameter.name
+            for parameter in parameters
+            if parameter.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+        }
+        others = [parameter.annotation for parameter in parameters if parameter.kind is Parameter.VAR_KEYWORD]
+        known = [shared for annotation in others for shared in get_args(annotation) if is_typeddict(shared)]
+        keys |= {key for shared in known for key in shared.__optional_keys__}
+        if known or not others:
+            break
     return frozenset(keys - NOT_ARGUMENTS)

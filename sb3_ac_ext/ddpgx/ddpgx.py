@@ -61,7 +61,7 @@ class DDPGX(OffPolicyMixin, DDPG):
     :param critic_weight_decay: L2 decay of the critic's weights (not its biases), as Adam's ``weight_decay``, >= 0
     :param parameter_noise: noise on the actor's parameters, a perturbed actor for each environment, drawn at the start of
         its episodes; action noise comes on top. See `sb3_ac_ext.ddpgx.parameter_noise.ParameterNoise`
-    :param kwargs: `OffPolicyKwargs`; the other arguments are SB3's
+    :param kwargs: `OffPolicyKwargs`; the other arguments are SB3's, see `OffPolicyArguments`
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for spaces that DDPG cannot take
@@ -103,13 +103,13 @@ class DDPGX(OffPolicyMixin, DDPG):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
         *,
+        stats_window_size: int = 100,
         actor_learning_rate: float | str | Schedule | None = None,
         critic_learning_rate: float | str | Schedule | None = None,
         critic_weight_decay: float = 0.0,
         parameter_noise: dict[str, Any] | None = None,
         **kwargs: Unpack[OffPolicyKwargs],
     ) -> None:
-        stats_window_size = kwargs.pop("stats_window_size", 100)  # SB3's DDPG has no such argument
         super().__init__(
             *(policy, env, learning_rate, buffer_size, learning_starts, batch_size, tau, gamma, train_freq, gradient_steps),
             *(action_noise, replay_buffer_class, replay_buffer_kwargs, optimize_memory_usage, n_steps, tensorboard_log),
@@ -120,7 +120,7 @@ class DDPGX(OffPolicyMixin, DDPG):
             _init_setup_model=False,
             **kwargs,
         )
-        self._stats_window_size = stats_window_size
+        self._stats_window_size = stats_window_size  # SB3's DDPG does not pass it on
         self.actor_learning_rate = actor_learning_rate
         self.critic_learning_rate = critic_learning_rate
         self.critic_weight_decay = critic_weight_decay

@@ -107,7 +107,7 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
     :param logit_penalty: weight of the mean square of an actor's outputs (before softmax or tanh) in its loss, >= 0; the
         authors' program has 1e-3
     :param kwargs: `OffPolicyKwargs`, of which ``max_grad_norm`` bounds each agent's gradients by themselves; the other
-        arguments are those of SB3's DDPG
+        arguments are those of SB3's DDPG, see `OffPolicyArguments`
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for spaces or a combination of arguments that MADDPG cannot take
@@ -140,6 +140,7 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
         *,
+        stats_window_size: int = 100,
         actor_learning_rate: float | str | Schedule | None = None,
         critic_learning_rate: float | str | Schedule | None = None,
         centralised: bool = True,
@@ -152,6 +153,7 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         super().__init__(
             *(policy, env, learning_rate, buffer_size, learning_starts, batch_size, tau, gamma, train_freq, gradient_steps),
             *(action_noise, replay_buffer_class, replay_buffer_kwargs, optimize_memory_usage, n_steps, policy_kwargs),
+            stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
             device=device,
