@@ -85,6 +85,6 @@ class Sampler:
         terminated = gather(buffer.dones, dones)
         terminated *= 1 - gather(buffer.timeouts, self._truncated)
         gather(buffer.rewards, rewards)
-        if buffer.device.type == "cpu":
-            return Transitions(*self._tensors, discounts)
-        return Transitions(*(tensor.to(buffer.device) for tensor in self._tensors), discounts)
+        if buffer.device.type != "cpu":
+            observations, actions, next_observations, dones, rewards = (part.to(buffer.device) for part in self._tensors)
+        return Transitions(observations, actions, next_observations, dones, rewards, discounts)

@@ -1,6 +1,7 @@
 """Critics that more than one algorithm uses, beyond SB3's."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from gymnasium import spaces
 from stable_baselines3.common.policies import BaseModel, ContinuousCritic
@@ -26,7 +27,7 @@ class LayerNormCritic(ContinuousCritic):
 
     def __init__(
         self,
-        observation_space: spaces.Space,
+        observation_space: spaces.Space[Any],
         action_space: spaces.Box,
         net_arch: list[int],
         features_extractor: BaseFeaturesExtractor,
