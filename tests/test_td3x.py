@@ -1,6 +1,5 @@
 """TD3X: equal to SB3's TD3 with its extras off, the properties of Algorithm 1, and its own arguments."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,10 @@ from gymnasium import spaces
 from stable_baselines3 import TD3
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.policies import ContinuousCritic
 from torch import nn
 
 from sb3_ac_ext import TD3X
-from sb3_ac_ext.networks.critics import TwinStreamCritic
 
 SMALL: dict[str, Any] = {"net_arch": [16, 16]}
 
@@ -76,39 +75,57 @@ def test_streams_are_disjoint() -> None:
     assert not th.equal(q_a, q_b)
 
 
-def test_actor_loss_is_the_first_stream_only() -> None:
-    model = make()
+def move_by_gradient(**kwargs: Any) -> Any:
+    """A model whose networks take each the step -gradient, actor and targets in every update."""
+    policy_kwargs = {**SMALL, "optimizer_class": th.optim.SGD}
+    return make(policy_kwargs=policy_kwargs, **{"learning_rate": 1.0, "policy_delay": 1, **kwargs})
+
+
+def assert_moved_by(network: nn.Module, before: th.Tensor, gradients: tuple[th.Tensor, ...]) -> None:
+    moved = flat(network) - before
+    th.testing.assert_close(moved, -th.cat([gradient.flatten() for gradient in gradients]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", [True, False], ids=["engine on", "engine off"])
+def test_actor_loss_is_the_first_stream_only(engine: bool) -> None:
+    model = move_by_gradient(critic_learning_rate=0.0, engine=engine)
     batch = batches(1, dtype=th.float32)[0]
-    loss = model._actor_loss(batch)
-    loss.backward()
-    assert all(parameter.grad is None for parameter in model.critic.qf1.parameters())
+    feed(model, [batch])
     expected = -model.critic.qf0(th.cat([batch.observations, model.actor(batch.observations)], dim=1)).mean()
-    th.testing.assert_close(loss, expected)
+    gradients = th.autograd.grad(expected, list(model.actor.parameters()))
+    before = flat(model.actor)
+    model.train(gradient_steps=1, batch_size=8)
+    assert model.logger.name_to_value["train/actor_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert_moved_by(model.actor, before, gradients)
 
 
-def test_critic_target_by_hand() -> None:
+@pytest.mark.parametrize("engine", [True, False], ids=["engine on", "engine off"])
+def test_critic_update_by_hand(engine: bool) -> None:
     """Target networks, the smaller stream, clipped noise, termination: each is needed to get this loss."""
-    model = make(target_policy_noise=0.4, target_noise_clip=0.3, gamma=0.9)
+    model = move_by_gradient(target_policy_noise=0.4, target_noise_clip=0.3, gamma=0.9, policy_delay=2, engine=engine)
     for network in (model.actor, model.critic):  # online and target networks differ
         for parameter in network.parameters():
             parameter.data.add_(0.1)
-    batch = batches(1, rows=64, dtype=th.float32)[0]._replace(discounts=0.9)
-    th.manual_seed(5)
-    loss = model._critic_loss(batch)
+    batch = batches(1, rows=64, dtype=th.float32)[0]
+    feed(model, [batch])
     th.manual_seed(5)
     noise = th.empty(64, 2).normal_(0, 0.4)
     assert noise.abs().max() > 0.3
     action = (model.actor_target.mu(batch.next_observations) + noise.clip(-0.3, 0.3)).clip(-1, 1)
     inputs = th.cat([batch.next_observations, action], dim=1)
     q_a, q_b = model.critic_target.qf0(inputs), model.critic_target.qf1(inputs)
-    target = batch.rewards + 0.9 * (1 - batch.dones) * th.where(q_a < q_b, q_a, q_b)
+    target = (batch.rewards + 0.9 * (1 - batch.dones) * th.where(q_a < q_b, q_a, q_b)).detach()
     inputs = th.cat([batch.observations, batch.actions], dim=1)
     expected = ((model.critic.qf0(inputs) - target) ** 2 + (model.critic.qf1(inputs) - target) ** 2).mean()
-    th.testing.assert_close(loss, expected)
-    assert loss.requires_grad
-    loss.backward()
-    targets = [*model.actor_target.parameters(), *model.critic_target.parameters(), *model.actor.parameters()]
-    assert all(parameter.grad is None for parameter in targets)
+    gradients = th.autograd.grad(expected, list(model.critic.parameters()))
+    others = (model.actor, model.actor_target, model.critic_target)
+    before, others_before = flat(model.critic), [*map(flat, others)]
+    th.manual_seed(5)
+    model.train(gradient_steps=1, batch_size=64)
+    assert model.logger.name_to_value["train/critic_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert_moved_by(model.critic, before, gradients)
+    assert all(map(th.equal, map(flat, others), others_before))
+    assert all(parameter.grad is None for network in others for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("policy_delay", [1, 2, 3])
@@ -199,20 +216,18 @@ def test_gradients_are_clipped_per_network(bounds: Any, monkeypatch: pytest.Monk
         assert moved["clipped"]["actor"] > 2e-3
 
 
-@pytest.mark.parametrize("engine", [True, False])
-def test_actor_update_computes_no_gradient_of_the_critic(engine: bool) -> None:
-    model = make(engine=engine)
-    model._begin_updates()
-    seen = []
-    original = model._actor_loss
-
-    def loss_of(batch: Any) -> th.Tensor:
-        seen.extend(parameter.requires_grad for parameter in model.critic.parameters())
-        return original(batch)
-
-    model._descend("actor", loss_of, batches(1, dtype=th.float32)[0])
-    assert seen == [False] * 12
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.critic.parameters())
+@pytest.mark.parametrize("engine", [True, False], ids=["engine on", "engine off"])
+def test_actor_update_leaves_the_gradients_of_the_critic(engine: bool) -> None:
+    gradients = []
+    for policy_delay in (1, 2):  # with and without the actor
+        model = make(policy_delay=policy_delay, engine=engine)
+        feed(model, batches(1, dtype=th.float32))
+        model.train(gradient_steps=1, batch_size=8)
+        assert all((parameter.grad is None) == (policy_delay == 2) for parameter in model.actor.parameters())
+        assert all(parameter.requires_grad for parameter in model.critic.parameters())
+        gradients.append([parameter.grad for parameter in model.critic.parameters()])
+    assert all(map(th.equal, *gradients))
+    assert any(gradient.abs().max() > 0 for gradient in gradients[0])
 
 
 def test_layer_norm_is_in_both_streams_of_critic_and_target_only() -> None:
@@ -245,7 +260,7 @@ def test_forward_without_gradients_stays_without() -> None:
 @pytest.mark.parametrize(("policy", "space"), [("MlpPolicy", BOX), ("CnnPolicy", IMAGE), ("MultiInputPolicy", DICT)])
 def test_policies_build_the_twin_stream_critic(policy: str, space: spaces.Space) -> None:
     model = make(env=RandomEnv(space, CONTINUOUS), policy=policy)
-    assert type(model.critic) is type(model.critic_target) is TwinStreamCritic
+    assert type(model.critic) is type(model.critic_target) is ContinuousCritic
     assert type(model.policy) is TD3X.policy_aliases[policy]
 
 
@@ -272,17 +287,15 @@ def test_logged_quantities() -> None:
     )
 
 
-def test_n_step_returns_reach_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_n_step_returns_reach_the_batch() -> None:
     model = make(env=ScriptedEnv(length=5), n_steps=3, gamma=0.9, learning_starts=100)
     model.learn(5)
     rows = model.replay_buffer._get_samples(np.array([0, 3]))
     np.testing.assert_allclose(rows.rewards[:, 0], [1 + 0.9 * 2 + 0.81 * 3, 4 + 0.9 * 5], rtol=1e-6)
-    captured: dict[str, Any] = {}
-    original: Callable[..., th.Tensor] = model._critic_loss
-    monkeypatch.setattr(model, "_critic_loss", lambda batch: captured.update(discounts=batch.discounts) or original(batch))
     feed(model, [rows])
-    model.train(gradient_steps=1, batch_size=2)
-    np.testing.assert_allclose(captured["discounts"][:, 0], [0.9**3, 0.9**2], rtol=1e-6)
+    batch = model._sample(2)
+    np.testing.assert_allclose(batch.discounts[:, 0], [0.9**3, 0.9**2], rtol=1e-6)
+    np.testing.assert_allclose(batch.rewards, rows.rewards)
 
 
 def test_buffer_is_sb3s() -> None:
