@@ -124,7 +124,11 @@ def test_hooks_on_gradients_are_called(spec: AlgoSpec) -> None:
     model = make(spec, RandomEnv(BOX, CONTINUOUS)).learn(20)
     report, seen = model.engine_report(), set()
     names = {id(parameter): name for name, parameter in model.policy.named_parameters()}
-    trained = {id(p): p for optimizer in model._optimizers().values() for p in optimizer.param_groups[0]["params"]}
+    if issubclass(spec.cls, OffPolicyAlgorithm):
+        optimizers = [network.optimizer for network in model._networks().values()]
+    else:
+        optimizers = list(model._optimizers().values())
+    trained = {id(p): p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]}
     hooks = [p.register_hook(lambda grad, key=key: seen.add(key) or grad) for key, p in trained.items() if key in names]
     model.learn(20, reset_num_timesteps=False)
     assert {names[key] for key in seen} == {names[key] for key in trained if key in names}
