@@ -109,7 +109,10 @@ class Learner:
         found |= {f"target.{name}": value for name, value in self.target.state_dict().items()}
         for i, own in self.optimizer.state_dict()["state"].items():
             found |= {f"{name}.{i}": value for name, value in own.items() if isinstance(value, th.Tensor)}
-        return {name: value.detach().clone() for name, value in found.items()}
+        return {
+            name: value.detach().clone().to(th.float32 if name.startswith("step.") else value.dtype)
+            for name, value in found.items()
+        }
 
 
 def numbers(seed: int, *shape: int, dtype: th.dtype = th.float32) -> th.Tensor:
@@ -141,4 +144,6 @@ def assert_same(values: Mapping[str, Any], expected: Mapping[str, Any], atol: fl
         if atol is None:
             assert th.equal(value, wanted), f"{name}: {value} is not {wanted}"
         else:
-            th.testing.assert_close(value, wanted, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+            th.testing.assert_close(
+                value, wanted, rtol=0, atol=atol, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+            )
