@@ -762,7 +762,7 @@ def test_replayed_actions_are_the_policys(env: Callable[[], Any], policy_kwargs:
     [
         ({"engine": False}, {"engine": "engine=False"}),
         ({"policy_kwargs": {**SMALL, "activation_fn": nn.SiLU}}, {"act(False)": "replayed"}),
-        ({"env": RandomEnv(IMAGE, CONTINUOUS)}, {}),
+        ({"env": RandomEnv(IMAGE, CONTINUOUS)}, {"act": f"ordinary: observations are {IMAGE}"}),
     ],
     ids=str,
 )

@@ -13,22 +13,24 @@ from batches import batches, feed, flat
 from environments import BOX, CONTINUOUS, DICT, IMAGE, RandomEnv
 from gymnasium import spaces
 from stable_baselines3 import SAC
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.utils import get_parameters_by_name
-from stable_baselines3.sac.policies import CnnPolicy, SACPolicy
+from stable_baselines3.sac.policies import Actor, CnnPolicy, SACPolicy
 from torch import nn
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 import sb3_ac_ext.sacx
 from sb3_ac_ext import SACX
-from sb3_ac_ext.buffers.replay import Transitions
-from sb3_ac_ext.networks.critics import TwinStreamCritic
+from sb3_ac_ext.base.off_policy import critic_names
 
 SMALL: dict[str, Any] = {"net_arch": [16, 16]}
 
 
-def make(cls: type[SAC] = SACX, env: Any = None, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
+def make(cls: type[SAC] = SACX, env: Any = None, policy: Any = "MlpPolicy", **kwargs: Any) -> Any:
     kwargs = {"policy_kwargs": SMALL, "seed": 0, "buffer_size": 500, "learning_starts": 20, **kwargs}
     kwargs["policy_kwargs"] = dict(kwargs["policy_kwargs"])  # SB3 writes into it
     model = cls(policy, env or RandomEnv(BOX, CONTINUOUS), **kwargs)
@@ -39,7 +41,7 @@ def make(cls: type[SAC] = SACX, env: Any = None, policy: str = "MlpPolicy", **kw
 def doubled(model: Any) -> Any:
     """The model in float64, alpha included."""
     model.policy.double()
-    for name in ("log_ent_coef", "ent_coef_tensor", "_fixed_ent_coef"):
+    for name in ("log_ent_coef", "ent_coef_tensor"):
         if isinstance(getattr(model, name, None), th.Tensor):
             getattr(model, name).data = getattr(model, name).data.double()
     model.batch_norm_stats = get_parameters_by_name(model.critic, ["running_"])
@@ -48,12 +50,13 @@ def doubled(model: Any) -> Any:
 
 
 def moments(model: Any) -> dict[str, Any]:
-    """The states of the optimizers by SB3's names: one critic optimizer, of features, Q_a and Q_b."""
+    """The states of the optimizers by SB3's names: one critic optimizer, of features and the Q."""
     states = {"actor": model.actor.optimizer.state_dict()["state"]}
     if model.ent_coef_optimizer is not None:
         states["ent_coef"] = model.ent_coef_optimizer.state_dict()["state"]
     if isinstance(model, SACX):
-        parts = (model.policy.critic_features_optimizer, model.policy.q_a_optimizer, model.policy.q_b_optimizer)
+        streams = (getattr(model.policy, f"{name}_optimizer") for name in critic_names(model.critic.n_critics))
+        parts = (model.policy.critic_features_optimizer, *streams)
         entries = [entry for part in parts if part is not None for entry in part.state_dict()["state"].values()]
         states["critic"] = dict(enumerate(entries))
     else:
@@ -61,9 +64,15 @@ def moments(model: Any) -> dict[str, Any]:
     return states
 
 
+def alpha(model: Any) -> float:
+    """As SB3 reads it."""
+    value = model.ent_coef_tensor if model.ent_coef_optimizer is None else model.log_ent_coef.exp()
+    return value.item()
+
+
 def numbers(model: Any) -> list[th.Tensor]:
-    alpha = [] if model.ent_coef_optimizer is None else [model.log_ent_coef.detach()]
-    return [flat(model.policy), *alpha]
+    learned = [] if model.ent_coef_optimizer is None else [model.log_ent_coef.detach()]
+    return [flat(model.policy), *learned]
 
 
 class NormalisedFeatures(BaseFeaturesExtractor):
@@ -206,7 +215,7 @@ def test_updates_by_hand(value_network: bool, ent_coef: Any, engine: bool) -> No
     extras = {"exact_log_prob": True, "value_network": value_network, "engine": engine}
     model = doubled(make(ent_coef=ent_coef, learning_rate=1e-2, gamma=0.9, tau=0.2, **extras))
     if model.ent_coef_optimizer is None:
-        model.log_ent_coef.data = model._fixed_ent_coef.log().reshape(1)  # the same in float64
+        model.log_ent_coef.data = model.ent_coef_tensor.log().reshape(1)  # the same in float64
     reference = Reference(model)
     target = model.policy.value_target if value_network else model.critic_target
     for parameter in target.parameters():
@@ -226,6 +235,13 @@ def test_updates_by_hand(value_network: bool, ent_coef: Any, engine: bool) -> No
         assert model.logger.name_to_value["train/entropy"] == pytest.approx(entropy, rel=1e-6)
 
 
+class Parabola(nn.Module):
+    """Q(a) = -(a - 0.3)^2 of the last input."""
+
+    def forward(self, inputs: th.Tensor) -> th.Tensor:
+        return -(inputs[:, -1:] - 0.3).square()
+
+
 @pytest.mark.parametrize("engine", [True, False], ids=["engine on", "engine off"])
 def test_policy_of_a_bandit_is_the_boltzmann_density(engine: bool) -> None:
     """
@@ -239,41 +255,57 @@ def test_policy_of_a_bandit_is_the_boltzmann_density(engine: bool) -> None:
     mean = float(density @ grid)
     std = math.sqrt(float(density @ (grid - mean) ** 2))
 
-    model = make(env=RandomEnv(BOX, spaces.Box(-1, 1, (1,))), ent_coef=0.1, actor_learning_rate=1e-2, engine=engine)
-    model.critic.forward = lambda observations, actions: (-((actions - 0.3) ** 2),) * 2
+    rates = {"learning_rate": 0.0, "actor_learning_rate": 1e-2}
+    env = RandomEnv(BOX, spaces.Box(-1, 1, (1,)))
+    model = make(env=env, ent_coef=0.1, target_update_every=1000, engine=engine, **rates)
+    model.critic.q_networks = [Parabola(), Parabola()]
     state, zero = th.zeros(256, 4), th.zeros(256, 1)
-    model._begin_updates()
-    for _ in range(300):
-        transitions = Transitions(state, zero, state, dones=zero, rewards=zero, discounts=0.9)
-        model._descend("actor", model._actor_loss, model._soft_batch(transitions))
-    with th.no_grad():
-        actions, _ = model._act(th.zeros(20_000, 4))
-    assert actions.mean().item() == pytest.approx(mean, abs=0.03)
-    assert actions.std().item() == pytest.approx(std, rel=0.1)
+    feed(model, [ReplayBufferSamples(state, zero, state, zero, zero)] * 300)
+    model.train(gradient_steps=300, batch_size=256)
+    assert not engine or model.engine_report()["update(False)"] == "replayed"
+    actions, _ = model.predict(np.zeros((20_000, 4), np.float32))
+    assert actions.mean() == pytest.approx(mean, abs=0.03)
+    assert actions.std() == pytest.approx(std, rel=0.1)
 
 
 @pytest.mark.parametrize("value_network", [False, True], ids=["v2", "v1"])
 @pytest.mark.parametrize("use_sde", [False, True], ids=["gaussian", "gsde"])
-def test_no_loss_reaches_another_network(use_sde: bool, value_network: bool) -> None:
-    model = make(value_network=value_network, use_sde=use_sde)
-    feed(model, batches(1, dtype=th.float32))
-    updates = {"ent_coef": ("ent_coef",), "value": ("value",), "critic": ("q_a", "q_b"), "actor": ("actor",)}
-    modules = {name: module for name, module in model.policy.named_children() if module.state_dict()}
-    model._begin_updates()
-    batch = model._soft_batch(model._sample(8))
-    for name, networks in updates.items():
-        if name == "value" and not value_network:
-            continue
-        before = {other: flat(module) for other, module in modules.items()}
-        alpha = model.log_ent_coef.detach().clone()
-        for parameter in (*model.policy.parameters(), model.log_ent_coef):
-            parameter.grad = None
-        model._descend(networks, getattr(model, f"_{name}_loss"), batch)
-        for other, module in modules.items():
-            assert th.equal(flat(module), before[other]) == (other != name), (name, other)
-            assert any(parameter.grad is not None for parameter in module.parameters()) == (other == name), (name, other)
-        assert th.equal(model.log_ent_coef.detach(), alpha) == (name != "ent_coef")
-        assert (model.log_ent_coef.grad is not None) == (name == "ent_coef")
+@pytest.mark.parametrize("engine", [True, False], ids=["engine on", "engine off"])
+def test_no_loss_reaches_another_network(engine: bool, use_sde: bool, value_network: bool) -> None:
+    """With rates of 0 all losses are of the first parameters, and an update leaves the gradients of each one's own loss."""
+    model = make(value_network=value_network, use_sde=use_sde, learning_rate=0.0, gamma=0.9, engine=engine)
+    policy, critic, batch = model.policy, model.critic, batches(1, dtype=th.float32)[0]
+    feed(model, [batch])
+    th.manual_seed(3)
+    model.train(gradient_steps=1, batch_size=8)
+    networks = {"critic": critic, "actor": model.actor, **({"value": policy.value} if value_network else {})}
+    parameters = {name: list(network.parameters()) for name, network in networks.items()}
+    parameters["ent_coef"] = [model.log_ent_coef]
+    targets = policy.value_target if value_network else model.critic_target
+    assert all(parameter.grad is None for parameter in targets.parameters())
+
+    th.manual_seed(3)
+    if use_sde:
+        model.actor.reset_noise()
+    actions, log_prob = model.actor.action_log_prob(batch.observations)
+    log_prob = log_prob[:, None]
+    q = th.min(*critic(batch.observations, actions))
+    if value_network:
+        next_value = policy.value_target(batch.next_observations)
+    else:
+        next_actions, next_log_prob = model.actor.action_log_prob(batch.next_observations)
+        next_value = th.min(*model.critic_target(batch.next_observations, next_actions)) - next_log_prob[:, None]
+    y = (batch.rewards + 0.9 * (1 - batch.dones) * next_value).detach()
+    losses = {
+        "ent_coef": -(model.log_ent_coef * (log_prob.detach() + model.target_entropy)).mean(),
+        "critic": 0.5 * sum(nn.functional.mse_loss(value, y) for value in critic(batch.observations, batch.actions)),
+        "actor": (log_prob - q).mean(),
+    }
+    if value_network:
+        losses["value"] = 0.5 * nn.functional.mse_loss(policy.value(batch.observations), (q - log_prob).detach())
+    for name, loss in losses.items():
+        expected = th.autograd.grad(loss, parameters[name], retain_graph=True)
+        th.testing.assert_close([parameter.grad for parameter in parameters[name]], [*expected], rtol=1e-4, atol=1e-6)
 
 
 # Alpha
@@ -311,11 +343,12 @@ def test_alpha_can_be_set_up_again() -> None:
     model = make()
     model.ent_coef = 0.3
     model._setup_model()
-    assert model._alpha().item() == pytest.approx(0.3)
-    assert "ent_coef" not in model._optimizers()
+    assert alpha(model) == pytest.approx(0.3)
+    assert model.ent_coef_optimizer is None
     model.ent_coef = "auto_0.4"
     model._setup_model()
-    assert model._alpha().item() == pytest.approx(0.4)
+    assert alpha(model) == pytest.approx(0.4)
+    assert model.ent_coef_optimizer is not None
 
 
 # The density
@@ -326,7 +359,7 @@ def test_exact_density_with_gsde_is_sb3s_where_that_is_accurate() -> None:
     model = doubled(make(use_sde=True, exact_log_prob=True))
     observations = th.randn(20, 4, dtype=th.float64)
     model.actor.reset_noise()
-    actions, log_prob = model._act(observations)
+    actions, log_prob = model._action_log_prob(observations)
     theirs = model.actor.action_log_prob(observations)
     th.testing.assert_close(actions, theirs[0], rtol=0, atol=1e-12)
     th.testing.assert_close(log_prob, theirs[1][:, None], rtol=0, atol=1e-4)
@@ -348,26 +381,56 @@ def test_exact_density_of_saturated_actions(use_sde: bool) -> None:
             parameter.data.zero_().add_(10.0 if parameter.dim() == 1 else 0.0)
         if use_sde:
             model.actor.reset_noise()
-        actions, log_prob = model._act(th.zeros(4, 4))
+        actions, log_prob = model._action_log_prob(th.zeros(4, 4))
         assert bool((actions > 1 - 1e-6).all())
         assert bool((log_prob > 25).all()) == exact
         assert bool(th.isfinite(log_prob).all())
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda model: setattr(model.actor, "action_log_prob", model.actor.action_log_prob), "replaced"),
-        (lambda model: setattr(model.actor.action_dist, "log_prob_from_params", None), "replaced"),
-        (lambda model: setattr(model.actor, "action_dist", object()), "with a object"),
-    ],
-    ids=["actor's method", "distribution's method", "other distribution"],
-)
-def test_changed_actors_are_asked_for_their_density(change: Any, reason: str) -> None:
-    model = make()
-    assert model.engine_report()["log-density"] == "formula"
-    change(model)
-    assert reason in model.engine_report()["log-density"]
+class Doubled(SquashedDiagGaussianDistribution):
+    """Whose density is somebody's."""
+
+    def log_prob_from_params(self, mean_actions: th.Tensor, log_std: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        actions, log_prob = super().log_prob_from_params(mean_actions, log_std)
+        return actions, 2 * log_prob
+
+
+def doubled_log_prob(original: Any) -> Any:
+    """The same function but for its second result."""
+
+    def replaced(*args: Any) -> Any:
+        actions, log_prob = original(*args)
+        return actions, 2 * log_prob
+
+    return replaced
+
+
+def method_of_actor(model: Any) -> None:
+    model.actor.action_log_prob = doubled_log_prob(model.actor.action_log_prob)
+
+
+def method_of_distribution(model: Any) -> None:
+    model.actor.action_dist.log_prob_from_params = doubled_log_prob(model.actor.action_dist.log_prob_from_params)
+
+
+def other_distribution(model: Any) -> None:
+    model.actor.action_dist = Doubled(2)
+
+
+@pytest.mark.parametrize("change", [method_of_actor, method_of_distribution, other_distribution], ids=lambda f: f.__name__)
+def test_changed_actors_are_asked_for_their_density(change: Any) -> None:
+    entropies = []
+    for engine, changed in ((True, True), (False, True), (True, False)):
+        model = make(engine=engine)
+        feed(model, batches(8, dtype=th.float32))
+        model.train(gradient_steps=6, batch_size=8)
+        assert not engine or model.engine_report()["update(True)"] == "replayed"
+        if changed:
+            change(model)
+        model.train(gradient_steps=2, batch_size=8)
+        entropies.append(model.logger.name_to_value["train/entropy"])
+    assert entropies[0] == pytest.approx(entropies[1], rel=1e-4)
+    assert entropies[0] == pytest.approx(2 * entropies[2], rel=1e-4)
 
 
 # Targets
@@ -391,22 +454,19 @@ def test_when_targets_move(kwargs: dict[str, Any], moves: list[int], value_netwo
     online, target = model.critic, model.critic_target
     if value_network:
         online, target = model.policy.value, model.policy.value_target
-    seen: list[int] = []
-    original, before = model._update, flat(target)
+    looks: list[tuple[th.Tensor, th.Tensor]] = []
+    sample = model.replay_buffer.sample
 
-    def update(*args: Any) -> None:
-        nonlocal before
-        original(*args)
-        after = flat(target)
-        seen.append(int(not th.equal(after, before)))
-        if seen[-1]:
-            th.testing.assert_close(after, 0.75 * before + 0.25 * flat(online))
-        before = after
+    def sample_and_look(*args: Any, **kwargs: Any) -> Any:
+        looks.append((flat(online), flat(target)))
+        return sample(*args, **kwargs)
 
-    model._update = update
+    model.replay_buffer.sample = sample_and_look
     for gradient_steps in (1, 1, 6):
         model.train(gradient_steps, batch_size=8)
-    assert seen == moves
+    looks.append((flat(online), flat(target)))
+    for moved, (_, before), (now, after) in zip(moves, looks[:-1], looks[1:], strict=True):
+        th.testing.assert_close(after, 0.75 * before + 0.25 * now if moved else before, rtol=0, atol=1e-6 if moved else 0)
     assert model._n_updates == 8
 
 
@@ -416,8 +476,7 @@ def test_with_v_only_v_has_a_target() -> None:
     assert names == {"actor", "critic", "value", "value_target"}
     assert th.equal(flat(model.policy.value), flat(model.policy.value_target))
     assert not model.policy.value_target.training
-    assert not hasattr(model, "q_a_target")
-    assert set(model._optimizers()) == {"q_a", "q_b", "value", "actor", "ent_coef"}
+    assert set(model._networks()) == {"q_a", "q_b", "value", "actor", "ent_coef"}
 
 
 @pytest.mark.parametrize("share", [False, True], ids=["own extractors", "shared extractor"])
@@ -434,19 +493,28 @@ def test_v_learns_from_images(share: bool) -> None:
     value(th.zeros(1, *IMAGE.shape)).sum().backward()
     assert all((parameter.grad is None) == share for parameter in value.features_extractor.parameters())
     feed(model, batches(1, dtype=th.float32, obs_shape=IMAGE.shape))
-    descended, before = model._descend, flat(target)
-
-    def descend(networks: Any, *args: Any, **kwargs: Any) -> None:
-        extractor = flat(value.features_extractor)
-        descended(networks, *args, **kwargs)
-        learns = networks == "actor" if share else "value" in networks
-        assert th.equal(flat(value.features_extractor), extractor) != learns, networks
-
-    model._descend = descend
-    layers = flat(value.vf)
+    before, layers = flat(target), flat(value.vf)
     model.train(gradient_steps=1, batch_size=8)
     assert not th.equal(flat(value.vf), layers)
     th.testing.assert_close(flat(target), (1 - model.tau) * before + model.tau * flat(value))
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["own extractors", "shared extractor"])
+@pytest.mark.parametrize("rates", [(0.0, 1e-3), (1e-3, 0.0)], ids=["actor learns", "actor rests"])
+def test_whose_loss_the_extractor_of_v_learns_from(share: bool, rates: tuple[float, float]) -> None:
+    model = make(
+        env=RandomEnv(IMAGE, CONTINUOUS),
+        policy="CnnPolicy",
+        value_network=True,
+        policy_kwargs={**SMALL, "share_features_extractor": share},
+        learning_rate=rates[0],
+        actor_learning_rate=rates[1],
+    )
+    feed(model, batches(1, dtype=th.float32, obs_shape=IMAGE.shape))
+    extractor = flat(model.policy.value.features_extractor)
+    model.train(gradient_steps=1, batch_size=8)
+    learns = rates[1] > 0 if share else rates[0] > 0
+    assert th.equal(flat(model.policy.value.features_extractor), extractor) != learns
 
 
 def test_running_statistics_of_v_are_copied() -> None:
@@ -469,7 +537,7 @@ def test_rates_of_their_own() -> None:
     feed(model, batches(2, dtype=th.float32))
     model._current_progress_remaining = 0.25
     model.train(gradient_steps=2, batch_size=8)
-    used = {name: optimizer.param_groups[0]["lr"] for name, optimizer in model._optimizers().items()}
+    used = {name: network.optimizer.param_groups[0]["lr"] for name, network in model._networks().items()}
     assert used == pytest.approx({**rates, "actor": 1e-3})
     logged = model.logger.name_to_value
     assert logged["train/learning_rate"] == pytest.approx(1e-3)
@@ -533,7 +601,7 @@ def test_logged_quantities() -> None:
 @pytest.mark.parametrize(("policy", "space"), [("MlpPolicy", BOX), ("CnnPolicy", IMAGE), ("MultiInputPolicy", DICT)])
 def test_policies_build_the_twin_stream_critic(policy: str, space: spaces.Space) -> None:
     model = make(env=RandomEnv(space, CONTINUOUS), policy=policy)
-    assert type(model.critic) is type(model.critic_target) is TwinStreamCritic
+    assert type(model.critic) is type(model.critic_target) is ContinuousCritic
     assert type(model.policy) is SACX.policy_aliases[policy]
 
 
@@ -568,6 +636,8 @@ def test_callers_policy_arguments_stay_as_they_were() -> None:
         (RandomEnv(BOX, CONTINUOUS), "MlpPolicy", SACPolicy, {}),
         (RandomEnv(BOX, CONTINUOUS), "MlpPolicy", SACPolicy, {"ent_coef": 0.2}),
         (RandomEnv(BOX, CONTINUOUS), "MlpPolicy", SACPolicy, {"use_sde": True}),
+        (RandomEnv(BOX, CONTINUOUS), "MlpPolicy", SACPolicy, {"policy_kwargs": {**SMALL, "n_critics": 1}}),
+        (RandomEnv(BOX, CONTINUOUS), "MlpPolicy", SACPolicy, {"policy_kwargs": {**SMALL, "n_critics": 3}}),
         (RandomEnv(IMAGE, CONTINUOUS), "CnnPolicy", CnnPolicy, {}),
         (
             RandomEnv(IMAGE, CONTINUOUS),
@@ -576,12 +646,12 @@ def test_callers_policy_arguments_stay_as_they_were() -> None:
             {"policy_kwargs": {**SMALL, "share_features_extractor": True}},
         ),
     ],
-    ids=["mlp", "fixed alpha", "gsde", "cnn", "shared extractor"],
+    ids=["mlp", "fixed alpha", "gsde", "one critic", "three critics", "cnn", "shared extractor"],
 )
 def test_sb3_zip_and_buffer_load_and_train_on(
     env: Any, policy: str, theirs: type, kwargs: dict[str, Any], tmp_path: Any
 ) -> None:
-    """One optimizer's state becomes those of Q_a, Q_b and the critic's features."""
+    """One optimizer's state becomes those of the Q and the critic's features."""
     own = {"learning_starts": 10, "batch_size": 4, "buffer_size": 100}
     sb3_model = make(SAC, env, policy, **own, **kwargs).learn(21)
     assert type(sb3_model.policy) is theirs
@@ -591,7 +661,7 @@ def test_sb3_zip_and_buffer_load_and_train_on(
     assert type(loaded.policy) is getattr(sb3_ac_ext.sacx, policy)
     th.testing.assert_close(numbers(loaded), numbers(sb3_model), rtol=0, atol=0)
     th.testing.assert_close(moments(loaded), moments(sb3_model), rtol=0, atol=0)
-    assert th.equal(loaded._alpha(), sb3_model.ent_coef_tensor if kwargs.get("ent_coef") else sb3_model.log_ent_coef.exp())
+    assert alpha(loaded) == alpha(sb3_model)
     loaded.load_replay_buffer(tmp_path / "buffer")
     for model in (sb3_model, loaded):
         model.set_logger(Logger(None, []))
@@ -609,7 +679,7 @@ def test_alpha_given_to_load_takes_effect(cls: Any, before: Any, after: Any, tmp
     model = make(cls, env, ent_coef=before).learn(30)
     model.save(tmp_path / "model")
     loaded = SACX.load(tmp_path / "model", env=env, ent_coef=after)
-    assert loaded._alpha().item() == pytest.approx(0.3 if isinstance(after, str) else after)
+    assert alpha(loaded) == pytest.approx(0.3 if isinstance(after, str) else after)
     assert th.equal(flat(loaded.policy), flat(model.policy))
     loaded.learn(30)
 
@@ -645,14 +715,11 @@ def test_automatic_alpha_goes_on_from_the_file(tmp_path: Any) -> None:
     th.testing.assert_close(state, model.ent_coef_optimizer.state_dict()["state"], rtol=0, atol=0)
 
 
-def test_optimizer_of_another_size_is_refused(tmp_path: Any) -> None:
+def test_optimizer_of_another_size_is_refused() -> None:
     theirs = make(SAC, policy_kwargs={**SMALL, "n_critics": 3}).learn(30)
     parameters = theirs.get_parameters()
     with pytest.raises(ValueError, match="the optimizer has 18 parameters, the networks have 12"):
         make().set_parameters(parameters)
-    theirs.save(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"n_critics must be 2.*got 3"):
-        SACX.load(tmp_path / "model")
 
 
 def test_target_entropy_can_be_auto_again_at_load_without_an_environment(tmp_path: Any) -> None:
@@ -662,6 +729,13 @@ def test_target_entropy_can_be_auto_again_at_load_without_an_environment(tmp_pat
 
 
 # Acting
+
+
+def replayed(model: Any, observation: np.ndarray, deterministic: bool = False) -> None:
+    """Act until it is a replay."""
+    for _ in range(6):
+        model.predict(observation, deterministic=deterministic)
+    assert model.engine_report()[f"act({deterministic})"] == "replayed"
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU], ids=lambda cls: cls.__name__)
@@ -674,16 +748,15 @@ def test_target_entropy_can_be_auto_again_at_load_without_an_environment(tmp_pat
     ids=["plain", "float64 matrices"],
 )
 @pytest.mark.parametrize("deterministic", [True, False], ids=["mode", "sample"])
-def test_numpy_acts_as_torch(
+def test_acts_as_the_policy(
     observations: spaces.Box, actions: spaces.Box, activation: type[nn.Module], deterministic: bool
 ) -> None:
     """The same actions from the same random numbers, and as many of them."""
     model = make(env=RandomEnv(observations, actions), policy_kwargs={"net_arch": [32, 16], "activation_fn": activation})
-    assert model.engine_report()["acting"] == "numpy"
     for rows in (None, 1, 3):
         shape = observations.shape if rows is None else (rows, *observations.shape)
         batch = (np.random.random(shape) * 4 - 1).astype(observations.dtype)
-        assert (model._choose_actor()(batch) is None) == (rows == 3)
+        replayed(model, batch, deterministic)
         results = []
         for predict in (model.predict, model.policy.predict):
             th.manual_seed(4)
@@ -696,9 +769,10 @@ def test_numpy_acts_as_torch(
 
 
 @pytest.mark.parametrize("log_std", [-30.0, 5.0], ids=["below", "above"])
-def test_numpy_bounds_the_standard_deviation_as_torch(log_std: float) -> None:
+def test_acting_bounds_the_standard_deviation_as_the_policy(log_std: float) -> None:
     model = make()
     model.actor.log_std.bias.data.fill_(log_std)
+    replayed(model, BOX.low)
     actions = []
     for predict in (model.predict, model.policy.predict):
         th.manual_seed(4)
@@ -752,6 +826,7 @@ def train_on(model: Any) -> None:
 )
 def test_never_acts_on_stale_weights(change: Any) -> None:
     model = make()
+    replayed(model, BOX.high, deterministic=True)
     before = model.predict(BOX.high, deterministic=True)[0]
     change(model)
     after = model.predict(BOX.high, deterministic=True)[0]
@@ -761,7 +836,7 @@ def test_never_acts_on_stale_weights(change: Any) -> None:
 
 def test_standard_deviation_is_not_stale() -> None:
     model = make()
-    model.predict(BOX.high)
+    replayed(model, BOX.high)
     model.actor.log_std.bias.data.add_(1)
     actions = []
     for predict in (model.predict, model.policy.predict):
@@ -771,32 +846,65 @@ def test_standard_deviation_is_not_stale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "part", "reason"),
+    ("kwargs", "report"),
     [
-        ({"use_sde": True}, "acting", "gSDE"),
-        ({"use_sde": True}, "log-density", "StateDependentNoiseDistribution"),
-        ({"engine": False}, "acting", "engine=False"),
-        ({"engine": False}, "log-density", "engine=False"),
-        ({"policy_kwargs": {"net_arch": []}}, "acting", "no layer"),
-        ({"policy_kwargs": {**SMALL, "activation_fn": nn.SiLU}}, "acting", "SiLU"),
-        ({"env": RandomEnv(IMAGE, CONTINUOUS), "policy": "CnnPolicy"}, "acting", "NatureCNN"),
-        ({"env": RandomEnv(DICT, CONTINUOUS), "policy": "MultiInputPolicy"}, "acting", "CombinedExtractor"),
+        ({"use_sde": True}, {"act": "ordinary: gSDE draws its noise elsewhere"}),
+        ({"engine": False}, {"engine": "engine=False"}),
+        ({"policy_kwargs": {"net_arch": []}}, {"act(False)": "replayed"}),
+        ({"policy_kwargs": {**SMALL, "activation_fn": nn.SiLU}}, {"act(False)": "replayed"}),
+        ({"env": RandomEnv(IMAGE, CONTINUOUS), "policy": "CnnPolicy"}, {"act": f"ordinary: observations are {IMAGE}"}),
+        ({"env": RandomEnv(DICT, CONTINUOUS), "policy": "MultiInputPolicy"}, {"act": f"ordinary: observations are {DICT}"}),
     ],
-    ids=str,
+    ids=["gsde", "engine off", "no layers", "SiLU", "images", "dict"],
 )
-def test_report_names_what_stands_in_the_way(kwargs: dict[str, Any], part: str, reason: str) -> None:
-    assert reason in make(**kwargs).engine_report()[part]
+def test_report_of_acting(kwargs: dict[str, Any], report: dict[str, str]) -> None:
+    model = make(**kwargs)
+    for _ in range(6):
+        model.predict(model.observation_space.sample())
+    assert {key: how for key, how in model.engine_report().items() if key != "replay"} == report
 
 
-def test_float64_policies_act_by_torch() -> None:
+def test_policies_in_float64_act_as_sb3s() -> None:
+    """They do not, as observations are float32."""
     model = make()
-    model.predict(BOX.high)
+    replayed(model, BOX.high)
     model.policy.double()
-    assert "float64" in model.engine_report()["acting"]
-    assert not model._numpy_actor.is_current()
+    for predict in (model.predict, model.policy.predict):
+        with pytest.raises(RuntimeError, match="same dtype"):
+            predict(BOX.high)
 
 
-def test_rollouts_act_by_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make()
-    monkeypatch.setattr(type(model.policy), "predict", lambda *args, **kwargs: pytest.fail("asked torch"))
-    model.learn(30)
+def test_rollouts_act_by_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, called = make(), []
+    original = type(model.actor).get_action_dist_params
+    monkeypatch.setattr(type(model.actor), "get_action_dist_params", lambda *args: called.append(1) or original(*args))
+    model.learn(60)
+    assert len(called) <= 12  # the first times, of 40 actions and twice 40 updates
+    assert model.engine_report()["act(False)"] == "replayed"
+
+
+def test_policies_with_a_predict_of_their_own_are_asked() -> None:
+    class Constant(sb3_ac_ext.sacx.MlpPolicy):
+        def predict(self, observation: Any, *args: Any, **kwargs: Any) -> Any:
+            return np.full(2, 0.5, np.float32), None
+
+    model = make(policy=Constant)
+    for _ in range(6):
+        assert model.predict(BOX.high)[0].tolist() == [0.5, 0.5]
+    assert model.engine_report()["act"] == "ordinary: a Constant acts in its own way"
+
+
+def test_actors_with_a_forward_of_their_own_are_asked() -> None:
+    class Halved(Actor):
+        def forward(self, obs: Any, deterministic: bool = False) -> th.Tensor:
+            return super().forward(obs, deterministic) / 2
+
+    class Policy(sb3_ac_ext.sacx.MlpPolicy):
+        def make_actor(self, features_extractor: Any = None) -> Actor:
+            return Halved(**self._update_features_extractor(self.actor_kwargs, features_extractor)).to(self.device)
+
+    ours, plain = make(policy=Policy, env=RandomEnv(BOX, BOX)), make(env=RandomEnv(BOX, BOX))
+    for model in (ours, plain):
+        replayed(model, BOX.high, deterministic=True)
+    actions = [model.predict(BOX.high, deterministic=True)[0] for model in (ours, plain)]
+    np.testing.assert_allclose(actions[0], actions[1] / 2, rtol=0, atol=1e-6)

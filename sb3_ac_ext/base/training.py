@@ -8,6 +8,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import FloatSchedule
 from torch import nn
@@ -137,9 +138,12 @@ class TrainingMixin(BaseAlgorithm):
         """
         What the engine replays, and why it does not replay the rest.
 
-        :return: a sentence for each function that has run
+        :return: a sentence for each function that has run, and for acting if it is never replayed
         """
-        return self._engine.report() if self.engine else {"engine": "engine=False"}
+        if not self.engine:
+            return {"engine": "engine=False"}
+        obstacle = self._acting_obstacle()
+        return self._engine.report() | ({} if obstacle is None else {"act": f"ordinary: {obstacle}"})
 
     # Acting
 
@@ -168,7 +172,7 @@ class TrainingMixin(BaseAlgorithm):
     def _replayed_actions(self, observation: Any, deterministic: bool) -> np.ndarray | None:
         """The action or actions; None where SB3's ordinary path is to be taken."""
         policy, shape = self.policy, self.observation_space.shape
-        if not self.engine or type(observation) is not np.ndarray or not self._acting_is_recordable():
+        if not self.engine or type(observation) is not np.ndarray or self._acting_obstacle() is not None:
             return None
         single = observation.shape == shape
         batch = observation[None] if single else observation
@@ -186,12 +190,16 @@ class TrainingMixin(BaseAlgorithm):
             actions = np.clip(actions, self.action_space.low, self.action_space.high)
         return actions.squeeze(axis=0) if single else actions
 
-    def _acting_is_recordable(self) -> bool:
-        """Whether actions follow from the policy's networks and an observation of numbers, on a CPU."""
-        space = self.observation_space
+    def _acting_obstacle(self) -> str | None:
+        """Why actions do not follow from the policy's networks and an observation of numbers alone; None if they do."""
+        space, kind = self.observation_space, type(self.policy)
         if self._flat_space[0] is not space:
             self._flat_space = space, isinstance(space, spaces.Box) and not is_image_space(space)
-        return self._flat_space[1] and self.device.type == "cpu"
+        if not self._flat_space[1]:
+            return f"observations are {space}"
+        if kind.predict is not BasePolicy.predict or kind.obs_to_tensor is not BasePolicy.obs_to_tensor:
+            return f"a {kind.__name__} acts in its own way"
+        return None if self.device.type == "cpu" else f"the device is {self.device}"
 
     def _act(self, batch: tuple[th.Tensor], deterministic: bool) -> dict[str, th.Tensor]:
         return {"actions": self.policy._predict(batch[0], deterministic)}

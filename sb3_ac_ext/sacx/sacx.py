@@ -16,17 +16,18 @@ With ``value_network=True`` (Haarnoja et al. 2018, arXiv:1801.01290, Algorithm 1
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import Any, ClassVar, NamedTuple, Self, Unpack
 
 import numpy as np
 import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
-from stable_baselines3.sac.policies import SACPolicy
+from stable_baselines3.sac.policies import Actor, SACPolicy
 from torch import nn
 from torch.nn import functional as F
 
@@ -293,7 +294,7 @@ class SACX(OffPolicyMixin, SAC):
     def _ent_coef(self) -> th.Tensor:
         """alpha, ``()`` or ``(1,)``, without gradient."""
         if self.ent_coef_optimizer is None:
-            return self.ent_coef_tensor
+            return th.as_tensor(self.ent_coef_tensor, device=self.device)
         assert self.log_ent_coef is not None
         return self.log_ent_coef.detach().exp()
 
@@ -313,7 +314,10 @@ class SACX(OffPolicyMixin, SAC):
         return squashed_gaussian(mean, log_std, th.empty_like(mean).normal_())
 
     def _act(self, batch: tuple[th.Tensor], deterministic: bool) -> dict[str, th.Tensor]:
-        """What SB3's distribution gives, from the same random numbers."""
+        """What SB3's distribution gives, from the same random numbers, in a third of the operations."""
+        kinds = type(self.policy)._predict, type(self.actor), type(self.actor.action_dist)
+        if kinds != (SACPolicy._predict, Actor, SquashedDiagGaussianDistribution):
+            return super()._act(batch, deterministic)
         mean, log_std, _ = self.actor.get_action_dist_params(batch[0])
         u = mean if deterministic else mean + log_std.exp() * th.empty_like(mean).normal_()
         return {"actions": th.tanh(u)}
@@ -322,8 +326,16 @@ class SACX(OffPolicyMixin, SAC):
         actions = super()._replayed_actions(observation, deterministic)
         return None if actions is None or np.isnan(actions.sum()) else actions  # SB3 raises an error for NaN
 
-    def _acting_is_recordable(self) -> bool:
-        return super()._acting_is_recordable() and not self.use_sde  # whose noise is drawn elsewhere
+    def _acting_obstacle(self) -> str | None:
+        return "gSDE draws its noise elsewhere" if self.use_sde else super()._acting_obstacle()
+
+    @classmethod
+    def load(cls, path: Any, *args: Any, **kwargs: Any) -> Self:
+        """See `CheckpointMixin.load`; an ``ent_coef`` given here replaces the file's."""
+        model = super().load(path, *args, **kwargs)
+        if "ent_coef" in kwargs and model.ent_coef_optimizer is None:
+            model.ent_coef_tensor.fill_(parse_ent_coef(model.ent_coef)[1])  # SB3 has put the file's there
+        return model
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "log_ent_coef", "ent_coef_tensor"]
