@@ -94,6 +94,14 @@ class ScaledNoise(ActionNoise):
         return self.factor * self.process()
 
 
+def _broadcasts(size: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether an array of shape ``size`` becomes one of ``shape`` beside one."""
+    try:
+        return np.broadcast_shapes(size, shape) == shape
+    except ValueError:
+        return False
+
+
 def check_action_noise(noise: Any, shape: tuple[int, ...]) -> None:
     """
     :param noise: the constructor argument ``action_noise``; of one of SB3's processes the arrays and the time step are checked
@@ -106,8 +114,8 @@ def check_action_noise(noise: Any, shape: tuple[int, ...]) -> None:
     process = noise.base_noise if isinstance(noise, VectorizedActionNoise) else noise
     arrays = {name: getattr(process, name, None) for name in ("_mu", "_sigma", "initial_noise")}
     shapes = {name: np.shape(array) for name, array in arrays.items() if array is not None}
-    if not set(shapes.values()) <= {(), shape}:
+    if not all(_broadcasts(size, shape) for size in shapes.values()):
         given = ", ".join(f"{name.lstrip('_')} of {size}" for name, size in shapes.items())
-        raise ValueError(f"action_noise must have the shape of an action, {shape}, got {process!r} ({given})")
+        raise ValueError(f"action_noise must broadcast to the shape of an action, {shape}, got {process!r} ({given})")
     if isinstance(process, OrnsteinUhlenbeckActionNoise):
         check_number("the dt of action_noise", process._dt, low=LOWEST_DT)

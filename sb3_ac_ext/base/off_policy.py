@@ -1,5 +1,6 @@
 """What the off-policy algorithms share besides the updates: replay buffer, exploration, argument checks."""
 
+import copy
 import io
 import pathlib
 import string
@@ -9,15 +10,16 @@ from typing import Any, Self
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
-from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import save_to_pkl
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_ac_ext.base.arguments import check_off_policy_arguments
-from sb3_ac_ext.base.checkpoint import CheckpointMixin, atomic_file
+from sb3_ac_ext.base.checkpoint import CheckpointMixin, atomic_file, changed_by_load
 from sb3_ac_ext.base.noise import NoiseSchedule, ScaledNoise
 from sb3_ac_ext.base.training import TrainingMixin
 from sb3_ac_ext.base.typing import constructor_keys
@@ -58,6 +60,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         self._replay_buffer: ReplayBuffer | None = None
         self._sampler: tuple[int, replay.Sampler] | None = None
         self._noise: NoiseSchedule | None = None
+        self._noise_spec: dict[str, Any] | None = None
         self._noise_steps = 0
         with translated_assertions(self):
             super().__init__(*args, **kwargs)
@@ -68,7 +71,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        if self.replay_buffer_class in AUTOMATIC_BUFFERS:
+        if self._buffer_is_automatic():
             self.replay_buffer_class = None
         # a zip saved with include=["replay_buffer"] puts the buffer beside the property
         buffer = self.__dict__.pop("replay_buffer", self._replay_buffer)
@@ -76,9 +79,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         with translated_assertions(self):
             super()._setup_model()
         self._replay_buffer = buffer
-        if self.exploration_noise is not None:
-            self._noise = NoiseSchedule.parse(self.exploration_noise)
-            self.action_noise = self._noise.unit_process(self.action_space.shape or ())
+        self._follow_exploration_noise()
         self._setup_engine()
 
     def _check_arguments(self) -> None:
@@ -108,6 +109,19 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
     @replay_buffer.setter
     def replay_buffer(self, buffer: ReplayBuffer | None) -> None:
         self._replay_buffer = buffer
+
+    @replay_buffer.deleter
+    def replay_buffer(self) -> None:
+        self._replay_buffer = None
+
+    def _buffer_is_automatic(self) -> bool:
+        """Whether the class of the buffer is what SB3 chooses when none is given, and stores as if it had been."""
+        changed = changed_by_load.get()
+        if "n_steps" in changed and "replay_buffer_class" not in changed:
+            return self.replay_buffer_class in AUTOMATIC_BUFFERS  # chosen for the number of steps in the file
+        several = NStepReplayBuffer if self.n_steps > 1 else ReplayBuffer
+        chosen = DictReplayBuffer if isinstance(self.observation_space, spaces.Dict) else several
+        return self.replay_buffer_class is chosen
 
     def _make_replay_buffer(self) -> ReplayBuffer:
         assert self.replay_buffer_class is not None
@@ -191,6 +205,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
 
     def _exploration_std(self) -> float | None:
         """Factor or mean sigma of the exploration noise in the scaled action space; None if there is none of known size."""
+        self._follow_exploration_noise()
         if self._noise is not None:
             return self._noise_factor(self._noise)
         process = getattr(self.action_noise, "base_noise", self.action_noise)
@@ -205,9 +220,25 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
 
     def _scaled_noise(self, action_noise: ActionNoise | None) -> ActionNoise | None:
         """The process times this moment's factor, where ``exploration_noise`` asks for one."""
+        if self._follow_exploration_noise():
+            action_noise = self.action_noise
         if self._noise is None or action_noise is None:
             return action_noise
         return ScaledNoise(action_noise, self._noise_factor(self._noise))
+
+    def _follow_exploration_noise(self) -> bool:
+        """Take ``exploration_noise`` up as it is now; whether it has changed."""
+        if self.exploration_noise == self._noise_spec:
+            return False
+        self._noise_spec = copy.deepcopy(self.exploration_noise)
+        if self.exploration_noise is None:
+            self._noise = self.action_noise = None
+            return True
+        self._noise = NoiseSchedule.parse(self.exploration_noise)
+        process = self._noise.unit_process(self.action_space.shape or ())
+        running = self._last_obs is not None and self.n_envs > 1  # otherwise SB3 makes one of it for each environment
+        self.action_noise = VectorizedActionNoise(process, self.n_envs) if running else process
+        return True
 
     def _noise_factor(self, noise: NoiseSchedule) -> float:
         filling = self.warmup == "noise" and self.num_timesteps < self.learning_starts
@@ -245,7 +276,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
-        derived = ["_replay_buffer", "_sampler", "_noise"]
+        derived = ["_replay_buffer", "_sampler", "_noise", "_noise_spec"]
         if self._noise is not None:
             derived.append("action_noise")
         return [*super()._excluded_save_params(), *derived]

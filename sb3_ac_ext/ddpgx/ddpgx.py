@@ -179,11 +179,13 @@ class DDPGX(OffPolicyMixin, DDPG):
         if batch.weights is not None:
             outputs["td_errors"] = td_errors(values, target)
         actions = self.actor(batch.observations)
-        if actions.requires_grad:  # on its way to the actor the backward pass brings -dQ/da / B
-            actions.register_hook(lambda grad: outputs.update(action_gradient=len(grad) * grad.abs().mean()))
+        slopes: list[th.Tensor] = []  # on its way to the actor the backward pass brings -dQ/da / B
+        if actions.requires_grad:
+            actions.register_hook(lambda grad: slopes.append(len(grad) * grad.abs().mean()))
         q = self.critic.q1_forward(batch.observations, actions)  # type: ignore[arg-type]  # SB3 leaves dicts out
         outputs["actor_loss"] = -q.mean()
         self._engine.minimise(outputs["actor_loss"], "actor")
+        outputs |= {"action_gradient": slope for slope in slopes}
         self._update_targets()
         return outputs
 

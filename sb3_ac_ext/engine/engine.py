@@ -11,9 +11,18 @@ import numpy as np
 import torch as th
 
 from sb3_ac_ext.engine import network as steps_of_networks
-from sb3_ac_ext.engine.guard import Guard, modules_in, noted_reads, tensors_in, tensors_of_helpers
+from sb3_ac_ext.engine.guard import (
+    Closed,
+    Guard,
+    helpers_of,
+    modules_in,
+    noted_reads,
+    objects_in,
+    tensors_in,
+    tensors_of_helpers,
+)
 from sb3_ac_ext.engine.network import Network, Steps
-from sb3_ac_ext.engine.recording import TOLERANCE, Graph, Inputs, Recording, Replay, Values, difference, leaves, restored
+from sb3_ac_ext.engine.recording import TOLERANCE, Graph, Inputs, Recording, Replay, Snapshot, Values, difference, leaves
 from sb3_ac_ext.engine.tape import RefusedError, Tape, memory, tensors, whole
 
 WARM_UP = 3
@@ -62,6 +71,8 @@ class _Kind:
         """Why it is not replayed."""
         self.recording: Recording | None = None
         self.guard: Guard | None = None
+        self.means: _Means | None = None
+        """What the recording adds to."""
         self.verified = False
         """Whether a replay came to the same as the function for another batch than the recorded one."""
         self.look = -1
@@ -88,7 +99,7 @@ class _Means:
         self.count = 0
 
 
-class Engine:
+class Engine(Closed):
     """
     Runs functions of tensors, and replays what they did where it can.
 
@@ -141,8 +152,9 @@ class Engine:
         self._tape: Tape | None = None
         self._used: dict[str, Network] = {}
         self._norms: Values | None = None
+        self._called: _Means | None = None
         self._look = self._updates = self._flushed = 0
-        self._replayed: list[Recording] = []
+        self._replayed: dict[Recording, None] = {}
         self._lock = threading.RLock()
 
     # What functions call
@@ -218,10 +230,9 @@ class Engine:
         """
         :return: means of the scalar outputs of the updates since the last call, by their names
         """
-        for recording in self._replayed:
-            recording.publish_gradients()
-        self._replayed.clear()
-        steps_of_networks.flush_subnormals(self.networks, self._flushed, self._updates)
+        self._publish()
+        if self.enabled:
+            steps_of_networks.flush_subnormals(self.networks, self._flushed, self._updates)
         self._flushed = self._updates
         totals: dict[str, tuple[float, int]] = {}
         for means in self._means.values():
@@ -232,6 +243,11 @@ class Engine:
                 means.sums.zero_()
                 means.count = 0
         return {name: total / count for name, (total, count) in totals.items()}
+
+    def _publish(self) -> None:
+        for recording in self._replayed:
+            recording.publish()
+        self._replayed.clear()
 
     def run(self, function: Function, batch: tuple[Any, ...], *options: Hashable) -> Outputs:
         """
@@ -253,9 +269,11 @@ class Engine:
             self._look_at(kind, self._look)
         with self._lock if not kind.verified else nullcontext():
             outputs = self._replay(kind, function, batch, options) if self.enabled else None
+            means = kind.means
             if outputs is None:
+                self._publish()
                 outputs = Outputs(self._call(function, _as_tensors(batch, self.device), options), shared=False)
-        means = self._means.get((function.__func__, options))  # type: ignore[attr-defined]
+                means = self._called
         if means is not None:
             means.count += 1
         return outputs
@@ -324,7 +342,7 @@ class Engine:
     def _kind(self, function: Any, batch: tuple[Any, ...], options: tuple[Hashable, ...], wait: int) -> _Kind:
         if getattr(function, "__self__", None) is not self._owner:
             raise TypeError(f"function must be a bound method of the {type(self._owner).__name__}, got {function!r}")
-        key = function.__func__, options, *map(_signature, leaves(batch))
+        key = function.__func__, options, *map(type, options), *map(_signature, leaves(batch))
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = _Kind(function, options, wait)
@@ -358,13 +376,15 @@ class Engine:
             return None  # PyTorch's distributions have something to say
         if kind.recording is None:
             return None
-        if kind.recording not in self._replayed:
-            self._replayed.append(kind.recording)
+        self._replayed.pop(kind.recording, None)
+        self._replayed[kind.recording] = None  # the last one comes last
+        if len(self._replayed) > MOST_RECORDINGS:
+            self._publish()
         return Outputs(kind.recording.outputs, shared=True)
 
     def _call(self, function: Function, batch: tuple[Any, ...], options: tuple[Hashable, ...]) -> Values:
         """The function, and what is logged of it."""
-        self._norms = {}
+        self._norms, self._called = {}, None
         try:
             outputs = function(batch, *options) or {}
             for name, value in outputs.items():
@@ -372,22 +392,21 @@ class Engine:
                     raise TypeError(f"the output {name!r} of {function.__name__} must be a tensor, got {value!r}")
             logged = {name: value.detach() for name, value in (outputs | self._norms).items() if value.dim() == 0}
             if logged:
-                self._add((function.__func__, options), logged)  # type: ignore[attr-defined]
+                self._called = self._add((function.__func__, options, *logged), logged)  # type: ignore[attr-defined]
         finally:
             self._norms = None
         return outputs
 
-    def _add(self, key: Hashable, logged: Values) -> None:
-        means = self._means.get(key)
-        if means is None or means.names != tuple(logged):
-            if means is not None and means.count:
-                self._means[key, means.names] = means  # it is read with the others
-            with nullcontext() if self._tape is None else self._tape.pause():
+    def _add(self, key: Hashable, logged: Values) -> _Means:
+        with nullcontext() if self._tape is None else self._tape.pause():
+            means = self._means.get(key)
+            if means is None:
                 means = self._means[key] = _Means(tuple(logged), self.device)
-            if self._tape is not None:
-                self._tape.watch(means.sums)
+        if self._tape is not None:
+            self._tape.watch(means.sums)
         with th.no_grad():
             means.sums.add_(th.stack([*logged.values()]))
+        return means
 
     def _steps_of(self, network: Network) -> Steps:
         steps = self._steps.get(network.optimizer)
@@ -431,28 +450,36 @@ class Engine:
             return
         for network in networks.values():
             self._steps_of(network).bind(network)
-        state = self._state(networks)
-        restore = restored(state, self.device, [network.optimizer for network in networks.values()])
+        before = Snapshot(self._state(networks), self.device, [network.optimizer for network in networks.values()])
+        known = set(self._means)
         try:
-            kind.recording, kind.guard = self._recorded(function, batch, options, state, networks)
+            kind.recording, kind.guard = self._recorded(function, batch, options, before.tensors, networks)
+            if before.has_drawn():
+                raise RefusedError("it draws random numbers of Python or numpy")
         except Exception as error:
-            restore()
+            self._put_back(before, known)
             refused = isinstance(error, RefusedError)  # anything else is the function's fault; it will say so where it runs
             kind.forget(str(error) if refused else f"a {type(error).__name__} while it was recorded", LONGEST_WAIT)
+            return
+        kind.verified, kind.look, kind.reason, kind.means = False, self._look, "it has run once", self._called
+        if isinstance(kind.recording.replay, Replay):
+            expected = self._results(kind.recording, before.tensors)
+            before.restore(keep_adam=True)
+            old = {*map(memory, before.tensors)}
+            for tensor in self._state(networks):
+                if memory(tensor) not in old:  # the state of an optimizer before its first step, or a new sum
+                    tensor.zero_()
+            kind.recording.replay()
+            if not self._agrees(kind, expected, before.tensors):
+                self._put_back(before, known)
         else:
-            kind.verified, kind.look, kind.reason = False, self._look, "it has run once"
-            if isinstance(kind.recording.replay, Replay):
-                expected = self._results(kind.recording, state)
-                restore()
-                known = {*map(memory, state)}
-                for tensor in self._state(networks):
-                    if memory(tensor) not in known:  # the state of an optimizer before its first step, or a new sum
-                        tensor.zero_()
-                kind.recording.replay()
-                self._compare(kind, expected, state, restore)
-            else:
-                kind.recording.replay()  # capturing does not execute
-            self._limit_recordings()
+            kind.recording.replay()  # capturing does not execute
+        self._limit_recordings()
+
+    def _put_back(self, before: Snapshot, known: set[Hashable]) -> None:
+        before.restore()
+        for key in self._means.keys() - known:
+            del self._means[key]
 
     def _recorded(
         self,
@@ -464,7 +491,9 @@ class Engine:
     ) -> tuple[Recording, Guard]:
         steps = [tensor for network in networks.values() for tensor in self._steps_of(network).tensors()]
         inputs = Inputs(_as_tensors(batch, self.device), self.device)
-        others = tensors_of_helpers(modules_in(vars(self._owner).values()))
+        modules = modules_in(vars(self._owner).values())
+        helpers = [(helper, dict(vars(helper))) for module in modules for helper in helpers_of(module)]
+        others = tensors_of_helpers(modules)
         tape = Tape([*state, *others, *inputs.tensors, *steps])
         reads: dict[str, Any] = {}
         self._used = {}
@@ -489,10 +518,15 @@ class Engine:
         finally:
             if networks:
                 self._tape = None
-        gradients = [(p, p.grad) for network in self._used.values() for p in network.parameters if p.grad is not None]
+        attributes = []
+        for helper, held in helpers:
+            for name, value in vars(helper).items():
+                if isinstance(value, th.Tensor) and value is not held.get(name) and tape.has_made(value):
+                    attributes.append((vars(helper), name, value.detach()))
+        gradients = [(p, p.grad) for network in self._used.values() for p in network.parameters]
         used = {memory(tensor) for operation in tape.operations for tensor in tensors(operation[1:])}
         guard = Guard(self._owner, reads, self._used, None if isinstance(replay, Graph) else used)
-        return Recording(replay, inputs, outputs, checks, gradients), guard
+        return Recording(replay, inputs, outputs, checks, gradients, attributes), guard
 
     def _verify(
         self,
@@ -504,15 +538,18 @@ class Engine:
     ) -> None:
         """Run the function and replay it from the same state, for another batch than the recorded one."""
         assert kind.recording is not None
-        recording, state = kind.recording, self._state(networks)
-        restore = restored(state, self.device, [network.optimizer for network in networks.values()])
+        recording = kind.recording
+        before = Snapshot(self._state(networks), self.device, [network.optimizer for network in networks.values()])
         outputs = self._function(function, bool(networks))(_as_tensors(batch, self.device), *options)
-        gradients = [th.zeros_like(p) if p.grad is None else p.grad for p, _ in recording.gradients]
-        expected = [[tensor.detach().clone() for tensor in part] for part in ([*outputs.values()], gradients, state)]
-        restore()
+        gradients = [th.zeros_like(p) if p.grad is None else p.grad for p, place in recording.gradients if place is not None]
+        parts = [*outputs.values()], gradients, before.tensors
+        expected = [[tensor.detach().clone() for tensor in part] for part in parts]
+        before.restore(keep_adam=True)
         recording.run(_filled(batch))
-        self._compare(kind, expected, state, restore)
-        kind.verified = kind.recording is not None
+        if self._agrees(kind, expected, before.tensors):
+            kind.verified = True
+        else:
+            before.restore(keep_adam=True)
 
     def _function(self, function: Function, trains: bool) -> Callable[..., Values]:
         """The function, with what is logged of it if it trains networks."""
@@ -522,22 +559,16 @@ class Engine:
 
     @staticmethod
     def _results(recording: Recording, state: Sequence[th.Tensor]) -> list[list[th.Tensor]]:
-        parts = [*recording.outputs.values()], [gradient for _, gradient in recording.gradients], state
-        return [[tensor.detach().clone() for tensor in part] for part in parts]
+        gradients = [gradient for _, gradient in recording.gradients if gradient is not None]
+        return [[tensor.detach().clone() for tensor in part] for part in ([*recording.outputs.values()], gradients, state)]
 
-    def _compare(
-        self,
-        kind: _Kind,
-        expected: Sequence[Sequence[th.Tensor]],
-        state: Sequence[th.Tensor],
-        restore: Callable[[], None],
-    ) -> None:
-        """Keep the recording if its replay came to what the function did, otherwise put everything back."""
+    def _agrees(self, kind: _Kind, expected: Sequence[Sequence[th.Tensor]], state: Sequence[th.Tensor]) -> bool:
+        """Whether a replay came to what the function did; without that it is forgotten."""
         assert kind.recording is not None
         apart = max(map(difference, self._results(kind.recording, state), expected))
         if apart > TOLERANCE:
-            restore()
             kind.forget(f"a replay differs from the function by {apart:.1e} of a result's norm", LONGEST_WAIT)
+        return apart <= TOLERANCE
 
     def _limit_recordings(self) -> None:
         recorded = [kind for kind in self._kinds.values() if kind.recording is not None]
@@ -546,8 +577,11 @@ class Engine:
 
 
 def _tensors_in_value(value: Any) -> list[th.Tensor]:
-    """The tensors of an attribute that is a tensor, or a list or dict of some."""
-    return tensors(value) if isinstance(value, (th.Tensor, list, tuple, dict)) else []
+    """The tensors of an attribute that is a tensor, or a list or dict of some, and of the objects in it."""
+    inside = [part for found in objects_in(value) for part in vars(found).values()]
+    return [
+        tensor for part in (value, *inside) if isinstance(part, (th.Tensor, list, tuple, dict)) for tensor in tensors(part)
+    ]
 
 
 def _signature(value: Any) -> Hashable:

@@ -8,7 +8,7 @@ environment's step, a callback, the user), `Guard.change` looks at all of that, 
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,24 @@ MODULE_HOOKS = (
 )
 OF_MODULES = frozenset(vars(nn.Module()))
 """The attributes of every module."""
+
+
+class Closed:
+    """An object that a guard does not look into."""
+
+
+OTHERS = (
+    Closed,
+    nn.Module,
+    th.Tensor,
+    th.optim.Optimizer,
+    th.distributions.Distribution,
+    type,
+    FunctionType,
+    MethodType,
+    ModuleType,
+)
+"""What is not looked into where an object is."""
 OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 GLOBAL_HOOKS: tuple[Mapping[Any, Any], ...] = (
     nn_module._global_forward_hooks,
@@ -38,6 +56,8 @@ GLOBAL_HOOKS: tuple[Mapping[Any, Any], ...] = (
     torch_optimizer._global_optimizer_post_hooks,
 )
 """Hooks of all modules and optimizers of the process."""
+MISSING: Any = object()
+"""What is noted of an attribute that is not there."""
 Read = Callable[[str, Any], None]
 
 
@@ -50,8 +70,15 @@ def noted_reads(owner: Any, note: Read) -> Iterator[None]:
     kind = type(owner)
 
     def read(self: Any, name: str) -> Any:
-        value = kind.__getattribute__(self, name)  # type: ignore[call-arg]  # of an instance
-        if not name.startswith("__"):
+        try:
+            value = kind.__getattribute__(self, name)  # type: ignore[call-arg]  # of an instance
+        except AttributeError:
+            note(name, MISSING)
+            raise
+        if name == "__dict__":
+            for key, one in value.items():
+                note(key, one)
+        elif not name.startswith("__"):
             note(name, value)
         return value
 
@@ -63,9 +90,13 @@ def noted_reads(owner: Any, note: Read) -> Iterator[None]:
         owner.__class__ = kind
 
 
-def process_state() -> tuple[Any, ...]:
-    """What PyTorch is told for the whole process or thread and a recording depends on."""
+def process_state(trains: bool) -> tuple[Any, ...]:
+    """
+    :param trains: whether gradients are computed
+    :return: what PyTorch is told for the whole process or thread and a recording depends on
+    """
     return (
+        trains and (th.is_grad_enabled(), th.is_inference_mode_enabled()),
         th.get_num_threads(),
         th.is_anomaly_enabled(),
         th.is_autocast_enabled("cpu"),
@@ -88,19 +119,29 @@ def modules_in(values: Iterable[Any]) -> list[nn.Module]:
     return list(found)
 
 
+def objects_in(value: Any, depth: int = 3) -> list[Any]:
+    """
+    :param value: anything
+    :param depth: how many objects and containers are opened, one inside another
+    :return: objects with attributes of their own that are found in it: no modules, tensors, functions or classes
+    """
+    if depth == 0:
+        return []
+    if isinstance(value, (list, tuple, set)):
+        return [found for part in value for found in objects_in(part, depth - 1)]
+    if isinstance(value, dict):
+        return [found for part in value.values() for found in objects_in(part, depth - 1)]
+    if isinstance(value, OTHERS) or not hasattr(value, "__dict__"):
+        return []
+    return [value, *(found for part in vars(value).values() for found in objects_in(part, depth - 1))]
+
+
 def helpers_of(module: nn.Module) -> list[Any]:
     """
     :param module: of a policy
     :return: objects that it computes with and that are no modules, as SB3's distributions
     """
-    values = (value for value in vars(module).values() if hasattr(value, "__dict__"))
-    return [v for v in values if not isinstance(v, (nn.Module, th.Tensor, type, FunctionType, MethodType)) and _computes(v)]
-
-
-def _computes(value: Any) -> bool:
-    return any(isinstance(part, (th.Tensor, th.distributions.Distribution)) for part in vars(value).values()) or type(
-        value
-    ).__module__.endswith("distributions")
+    return [found for name, value in vars(module).items() if name not in OF_MODULES for found in objects_in(value, 2)]
 
 
 def tensors_in(modules: Iterable[nn.Module]) -> list[th.Tensor]:
@@ -153,21 +194,26 @@ class Guard:
         self, owner: Any, reads: Mapping[str, Any], networks: Mapping[str, Network], used: Collection[Key] | None = None
     ) -> None:
         self.owner, self._kind, self._networks = owner, type(owner), dict(networks)
-        self._process = process_state()
+        self._process = process_state(bool(networks))
         self._methods = [(name, value.__func__) for name, value in reads.items() if _is_method_of(owner, value)]
         self._values = [(name, value, _snapshot(value)) for name, value in reads.items() if not _is_method_of(owner, value)]
         roots = [*reads.values(), *(m for network in networks.values() for m in (network.module, network.target))]
         roots = [root for root in roots if isinstance(root, nn.Module)]
         self._look_at_modules(modules_in(roots) if used is None else _used_modules(roots, used))
+        self._look_at_objects([found for _, value, _ in self._values for found in objects_in(value)])
         self._look_at_networks()
         tensors_of_values = [tensor for _, value, _ in self._values for tensor in tensors(value)]
-        self._memory = [*self._tensors, *self._trained, *self._states, *tensors_of_values]
+        tensors_of_values += [value for _, _, value in self._contents if isinstance(value, th.Tensor)]
+        held = [*self._tensors, *self._trained, *self._states, *tensors_of_values]
+        self._memory = [tensor for tensor in held if isinstance(tensor, th.Tensor)]
         self._addresses = [tensor.data_ptr() for tensor in self._memory]
         owners = [owner, *self._modules, *(network.optimizer for network in networks.values())]
         self._replaced = [name for one in owners for name in _replaced_methods(one)]
 
     def _look_at_modules(self, modules: list[nn.Module]) -> None:
         self._modules, self._types = modules, [*map(type, modules)]
+        kinds: list[Any] = list(dict.fromkeys(self._types))
+        self._forwards = [(kind, kind.forward) for kind in kinds]
         self._hooks = [getattr(module, name) for module in modules for name in MODULE_HOOKS]
         helpers = [helper for module in modules for helper in helpers_of(module)]
         places = [vars(module) for module in modules] + [module._modules for module in modules]
@@ -184,6 +230,13 @@ class Guard:
             if name not in OF_MODULES and isinstance(value, (list, dict, np.ndarray))
         ]
         self._contents += [(vars(h), name, value) for h in helpers for name, value in vars(h).items() if _is_number(value)]
+        self._contents += [(p, name, value) for p in places for name, value in p.items() if isinstance(value, th.Tensor)]
+
+    def _look_at_objects(self, objects: list[Any]) -> None:
+        for place in map(vars, objects):
+            self._live.append(place)
+            self._copies.append(dict(place))
+            self._contents += [(place, name, _snapshot(value)) for name, value in place.items()]
 
     def _look_at_networks(self) -> None:
         networks = self._networks.values()
@@ -217,8 +270,8 @@ class Guard:
             return "PyTorch looks for anomalies"
         if self._replaced:
             return f"a replaced method: {', '.join(self._replaced)}"
-        compiled = next((kind for kind in self._types if kind.__module__.startswith("torch._dynamo")), None)
-        return None if compiled is None else f"a compiled module ({compiled.__name__})"
+        compiled = any(base.__name__ == "OptimizedModule" for kind in self._types for base in kind.__mro__)
+        return "a compiled module" if compiled else None
 
     def change(self, networks: Mapping[str, Network]) -> str | None:
         """
@@ -235,19 +288,19 @@ class Guard:
             return "a class"
         if any(self._hooks) or any(GLOBAL_HOOKS):
             return "a hook"
-        if self._live != self._copies:
+        if self._live != self._copies or any(kind.forward is not function for kind, function in self._forwards):
             return "a module"
         if not _same(self._current_tensors(), self._tensors):
             return "a parameter or buffer"
         if [tensor.data_ptr() for tensor in self._memory] != self._addresses:
             return "the memory of a tensor"
-        if process_state() != self._process:
+        if process_state(bool(self._networks)) != self._process:
             return "a setting of PyTorch"
         return self._change_of_values() or (self._change_of_networks(networks) if self._networks else None)
 
     def _change_of_values(self) -> str | None:
         for name, value, snapshot in self._values:
-            now = getattr(self.owner, name)
+            now = getattr(self.owner, name, MISSING)
             if not (now is value or _equal(now, value)) or (snapshot is not value and not _equal(now, snapshot)):
                 return name
         for place, name, snapshot in self._contents:
@@ -299,9 +352,9 @@ def _snapshot(value: Any) -> Any:
     """A copy of what can be changed in place; the value itself if it cannot."""
     if isinstance(value, dict):
         return {key: _snapshot(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [*map(_snapshot, value)]
-    return value.copy() if isinstance(value, np.ndarray) else value
+    if type(value) in (list, tuple):
+        return type(value)(map(_snapshot, value))
+    return value.copy() if isinstance(value, (np.ndarray, set)) else value
 
 
 def _equal(x: Any, y: Any) -> bool:

@@ -51,7 +51,8 @@ class Network:
         """What a recorded step has read from this record and the optimizer's options, rates apart."""
         groups = self.optimizer.param_groups
         options = [{key: value for key, value in group.items() if key not in ("lr", "params")} for group in groups]
-        return self.weight_decay, self.max_grad_norm, id(self.module), id(self.target), options
+        clipped = None if self.clipped is None else [[*map(id, parameters)] for parameters in self.clipped]
+        return self.weight_decay, self.max_grad_norm, clipped, id(self.module), id(self.target), options
 
 
 class Steps:

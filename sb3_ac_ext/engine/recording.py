@@ -1,5 +1,6 @@
 """A function that is recorded for batches of one kind, and replayed without Python, autograd and dispatcher in between."""
 
+import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -127,7 +128,8 @@ class Recording:
     :param inputs: that it reads
     :param outputs: that it writes, by their names
     :param checks: ``()`` boolean that must be true after a replay
-    :param gradients: parameters that the function trains, and where their gradients are
+    :param gradients: parameters of the networks that the function trains, and where their gradients are, or None
+    :param attributes: tensors that it has put into objects: where, under which name, and the tensor
     """
 
     def __init__(
@@ -136,10 +138,11 @@ class Recording:
         inputs: Inputs,
         outputs: Values,
         checks: th.Tensor | None,
-        gradients: Sequence[tuple[nn.Parameter, th.Tensor]],
+        gradients: Sequence[tuple[nn.Parameter, th.Tensor | None]],
+        attributes: Sequence[tuple[dict[str, Any], str, th.Tensor]] = (),
     ) -> None:
         self.replay, self.inputs, self.checks = replay, inputs, checks
-        self.outputs, self.gradients = outputs, gradients
+        self.outputs, self.gradients, self._attributes = outputs, gradients, attributes
         self._arrays = {name: _array(value) for name, value in outputs.items()}
         self.lock = threading.Lock()
 
@@ -159,39 +162,58 @@ class Recording:
         arrays = self._arrays.items()
         return {name: self.outputs[name].cpu().numpy() if array is None else array.copy() for name, array in arrays}
 
-    def publish_gradients(self) -> None:
-        """The gradients of the last replay as the parameters' ``.grad``, where others may have put theirs meanwhile."""
+    def publish(self) -> None:
+        """Put gradients and other tensors of the last replay where the function puts them, as others may have done since."""
         for parameter, gradient in self.gradients:
             if parameter.grad is not gradient:
                 parameter.grad = gradient
+        for place, name, tensor in self._attributes:
+            place[name] = tensor
 
 
-def restored(
-    tensors: Sequence[th.Tensor], device: th.device, optimizers: Sequence[th.optim.Optimizer] = ()
-) -> Callable[[], None]:
+def _random_states() -> tuple[Any, Any]:
+    return random.getstate(), np.random.get_state()  # noqa: NPY002 (the one that SB3 seeds)
+
+
+class Snapshot:
     """
-    :param tensors: that are about to be changed
-    :param device: whose random state is about to advance
-    :param optimizers: that are about to step; what they hold besides ``tensors`` is put back for all but Adam
-    :return: what puts everything back to what it is now
-    """
-    with th.no_grad():
-        values = [tensor.detach().clone() for tensor in tensors]
-    random = th.get_rng_state(), th.cuda.get_rng_state(device) if device.type == "cuda" else None
-    others = [(o.state, {p: dict(own) for p, own in o.state.items()}) for o in optimizers if not is_adam(o)]
+    What a function may change, as it is now.
 
-    def restore() -> None:
+    :param tensors: that it may change
+    :param device: whose random state it may advance
+    :param optimizers: that may step
+    """
+
+    def __init__(self, tensors: Sequence[th.Tensor], device: th.device, optimizers: Sequence[th.optim.Optimizer] = ()) -> None:
+        self.tensors, self._device = tensors, device
         with th.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.detach().copy_(value)
-        th.set_rng_state(random[0])
-        if random[1] is not None:
-            th.cuda.set_rng_state(random[1], device)
-        for state, before in others:
-            state.clear()
-            state.update({p: dict(own) for p, own in before.items()})
+            self._values = [tensor.detach().clone() for tensor in tensors]
+        self._random = th.get_rng_state(), th.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._others = _random_states()
+        self._states = [(o, {p: dict(state) for p, state in o.state.items()}) for o in optimizers]
 
-    return restore
+    def has_drawn(self) -> bool:
+        """Whether random numbers were drawn since that a replay does not draw: of Python or of numpy's global generator."""
+        return str(_random_states()) != str(self._others)
+
+    def restore(self, *, keep_adam: bool = False) -> None:
+        """
+        Put everything back.
+
+        :param keep_adam: whether the state that Adam has made since stays, with its numbers as they are
+        """
+        with th.no_grad():
+            for tensor, value in zip(self.tensors, self._values, strict=True):
+                tensor.detach().copy_(value)
+        th.set_rng_state(self._random[0])
+        if self._random[1] is not None:
+            th.cuda.set_rng_state(self._random[1], self._device)
+        random.setstate(self._others[0])
+        np.random.set_state(self._others[1])  # noqa: NPY002 (the one that SB3 seeds)
+        for optimizer, states in self._states:
+            if not (keep_adam and is_adam(optimizer)):
+                optimizer.state.clear()
+                optimizer.state.update({p: dict(state) for p, state in states.items()})
 
 
 def difference(values: Sequence[th.Tensor], expected: Sequence[th.Tensor]) -> float:

@@ -20,8 +20,11 @@ Key = int
 """Identifies a piece of memory while somebody holds a tensor in it."""
 VALUE_READERS = frozenset(
     {"item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__"}
+    | {"__repr__", "__str__", "__format__", "__deepcopy__", "__reduce_ex__", "__dlpack__", "new_tensor"}
 )
-"""Methods of a tensor that hand its values to Python."""
+"""Methods of a tensor that hand its values, or its memory, to Python."""
+FROM_PYTHON = (th.tensor, th.as_tensor, th.asarray)
+"""Functions that make tensors of Python's numbers."""
 
 
 class RefusedError(Exception):
@@ -106,17 +109,25 @@ class Tape:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """What is done in this context is not looked at."""
-        self.paused = True
+        before, self.paused = self.paused, True
         try:
             yield
         finally:
-            self.paused = False
+            self.paused = before
 
     def watch(self, tensor: th.Tensor) -> None:
         """
         :param tensor: may be read and written from now on
         """
-        self.external[memory(tensor)] = tensor.detach()
+        with self.pause():
+            self.external[memory(tensor)] = tensor.detach()
+
+    def has_made(self, tensor: th.Tensor) -> bool:
+        """
+        :param tensor: any
+        :return: whether it is in memory of a result
+        """
+        return memory(tensor) in self._made
 
     def escaped(self) -> set[Key]:
         """The memory of results that somebody still holds when the function has returned."""
@@ -194,7 +205,8 @@ class _Values(TorchFunctionMode):
         if name == "__bool__" and _asked_by("torch.distributions"):
             self._tape.checks.append(args[0])
             return True
-        if name in VALUE_READERS:
+        reads_tensors = func in FROM_PYTHON and not isinstance(args[0] if args else None, th.Tensor) and tensors(args)
+        if name in VALUE_READERS or reads_tensors:
             raise RefusedError(f"{name} reads the values of a tensor")
         if func is th.nn.functional.one_hot:
             return _one_hot(*args, **kwargs)

@@ -1,7 +1,6 @@
 """Targets and losses of the actor-critic family. B is the batch size, A the action dimension."""
 
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch as th
 from torch.nn import functional as F
@@ -38,7 +37,7 @@ def td_target(reward: th.Tensor, done: th.Tensor, discount: th.Tensor | float, n
     return reward + (1 - done) * discount * next_value
 
 
-def squared_error(values: Iterable[th.Tensor], target: th.Tensor, weights: th.Tensor | None = None) -> th.Tensor:
+def squared_error(values: Sequence[th.Tensor], target: th.Tensor, weights: th.Tensor | None = None) -> th.Tensor:
     """
     Sum over critics of the mean squared error (Fujimoto et al. 2018, Algorithm 1; no factor 1/2).
 
@@ -51,8 +50,10 @@ def squared_error(values: Iterable[th.Tensor], target: th.Tensor, weights: th.Te
     :return: ``()`` loss
     """
     if weights is None:
-        return functools.reduce(th.add, [F.mse_loss(value, target) for value in values])
-    return functools.reduce(th.add, [(weights * (value - target).square()).mean() for value in values])
+        errors = [F.mse_loss(value, target) for value in values]
+    else:
+        errors = [(weights * (value - target).square()).mean() for value in values]
+    return sum(errors[1:], errors[0])
 
 
 def td_errors(values: Sequence[th.Tensor], target: th.Tensor) -> th.Tensor:
