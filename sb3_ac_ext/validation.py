@@ -2,10 +2,24 @@
 
 import math
 import operator
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from decimal import Decimal
 from difflib import get_close_matches
+from fractions import Fraction
 from typing import Any
+
+NO_NUMBERS = (bool, str, bytes, bytearray, Decimal, Fraction)
+"""What ``float`` takes, and arithmetic with tensors does not take or takes for something else."""
+
+
+class ArgumentError(ValueError, AssertionError):
+    """An argument that is out of range or contradicts another; SB3 raises the one error for some and the other for others."""
+
+
+class ArgumentTypeError(TypeError, ArgumentError):
+    """An argument of the wrong type, for which SB3 may raise any of the three."""
 
 
 class UnsupportedError(NotImplementedError, AssertionError):
@@ -23,35 +37,38 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     :param low: smallest legal value
     :param high: largest legal value
     :param integer: whether only whole numbers are legal
-    :raises TypeError: if ``value`` is not a number (or not an integer)
-    :raises ValueError: if ``value`` is outside [low, high] or not finite
+    :raises ArgumentTypeError: if ``value`` is not a number (or not an integer)
+    :raises ArgumentError: if ``value`` is outside [low, high] or not finite
     """
     kind = "an integer" if integer else "a number"
     try:
         number = operator.index(value) if integer else float(value)
-    except (TypeError, ValueError):
+    except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError, RuntimeError):  # the last for tensors of several numbers
         number = None
-    if number is None or isinstance(value, (bool, str)):
-        raise TypeError(f"{name} must be {kind}, got {value!r} of type {type(value).__name__}")
-    if not (math.isfinite(number) and low <= number <= high):
+    if number is None or isinstance(value, NO_NUMBERS):
+        raise ArgumentTypeError(f"{name} must be {kind}, got {value!r} of type {type(value).__name__}")
+    largest = sys.maxsize if integer else sys.float_info.max
+    if not max(low, -largest) <= number <= min(high, largest):
         legal = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
-        raise ValueError(f"{name} must be {kind} {legal}, got {value!r}")
+        raise ArgumentError(f"{name} must be {kind} {legal}, got {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     """
-    :raises ValueError: if ``value`` is not one of ``choices``
+    :raises ArgumentError: if ``value`` is not one of ``choices``
     """
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_switch(name: str, value: Any) -> None:
     """
-    :raises TypeError: if ``value`` is neither True nor False
+    :raises ArgumentTypeError: if ``value`` is neither True nor False
     """
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+        raise ArgumentTypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
 
 
 def check_keys(owner: str, keys: Iterable[str], allowed: Collection[str], kind: str = "argument") -> None:
@@ -76,14 +93,14 @@ def check_keys(owner: str, keys: Iterable[str], allowed: Collection[str], kind: 
 def check_mapping(name: str, value: Any, required: Collection[str], optional: Collection[str] = ()) -> Mapping[str, Any]:
     """
     :raises TypeError: if ``value`` is not a mapping or has a key that is neither required nor optional
-    :raises ValueError: if a required key is missing
+    :raises ArgumentError: if a required key is missing
     """
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dict with the keys {', '.join([*required, *optional])}, got {value!r}")
+        raise ArgumentTypeError(f"{name} must be a dict with the keys {', '.join([*required, *optional])}, got {value!r}")
     check_keys(name, value, {*required, *optional}, kind="key")
     missing = [key for key in required if key not in value]
     if missing:
-        raise ValueError(f"{name} lacks {', '.join(missing)}, got {dict(value)!r}")
+        raise ArgumentError(f"{name} lacks {', '.join(missing)}, got {dict(value)!r}")
     return value
 
 
@@ -96,7 +113,7 @@ def translated_assertions(model: Any) -> Iterator[None]:
     """
     try:
         yield
-    except UnsupportedError:
+    except (UnsupportedError, ArgumentError):
         raise
     except AssertionError as error:
         shown = [f"{name}={getattr(model, name)}" for name in ("observation_space", "action_space") if hasattr(model, name)]

@@ -10,7 +10,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.policies import BasePolicy
 
 from sb3_ac_ext.base.noise import NoiseSchedule, check_action_noise
-from sb3_ac_ext.validation import UnsupportedError, check_choice, check_number, check_switch
+from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, UnsupportedError, check_choice, check_number, check_switch
 
 
 def check_off_policy_arguments(model: Any) -> None:
@@ -21,7 +21,7 @@ def check_off_policy_arguments(model: Any) -> None:
     :raises UnsupportedError: if the spaces or a combination of arguments cannot be served
     """
     if not hasattr(model, "action_space"):
-        raise ValueError(f"env must be an environment or the id of one, got None for {type(model).__name__}")
+        raise ArgumentError(f"env must be an environment or the id of one, got None for {type(model).__name__}")
     check_bounded_actions(model.action_space)
     for name in ("buffer_size", "batch_size", "n_steps"):
         check_number(name, getattr(model, name), low=1, integer=True)
@@ -42,7 +42,7 @@ def check_on_policy_arguments(model: Any) -> None:
     :raises UnsupportedError: if a combination of arguments cannot be served
     """
     if not hasattr(model, "action_space"):
-        raise ValueError(f"env must be an environment or the id of one, got None for {type(model).__name__}")
+        raise ArgumentError(f"env must be an environment or the id of one, got None for {type(model).__name__}")
     for name in ("n_steps", "rollout_episodes"):
         check_number(name, getattr(model, name), low=1, integer=True)
     for name in ("gamma", "gae_lambda"):
@@ -54,7 +54,7 @@ def check_on_policy_arguments(model: Any) -> None:
         check_switch(name, getattr(model, name))
     check_choice("rollout", model.rollout, ("steps", "episodes"))
     if model.rollout == "steps" and model.drop_unfinished_episodes:
-        raise ValueError("drop_unfinished_episodes=True needs rollout='episodes', got rollout='steps'")
+        raise ArgumentError("drop_unfinished_episodes=True needs rollout='episodes', got rollout='steps'")
     if model.rollout == "episodes" and model.rollout_buffer_class not in (None, RolloutBuffer, DictRolloutBuffer):
         raise UnsupportedError(
             f"rollout='episodes' fills SB3's own buffers, got rollout_buffer_class={model.rollout_buffer_class}"
@@ -69,7 +69,7 @@ def check_policy_class(model: Any, needed: type[BasePolicy]) -> None:
     """
     given = model._translated_policy_class(model.policy_class)
     if not issubclass(given, needed):
-        raise TypeError(f"policy must be derived from {needed.__module__}.{needed.__qualname__}, got {given}")
+        raise ArgumentTypeError(f"policy must be derived from {needed.__module__}.{needed.__qualname__}, got {given}")
 
 
 def warn_of_endless_episodes(model: Any) -> None:
@@ -102,12 +102,12 @@ def _check_train_freq(model: Any) -> None:
         model.train_freq = tuple(model.train_freq)
     pair = model.train_freq if isinstance(model.train_freq, tuple) else (model.train_freq, "step")
     if len(pair) != 2:
-        raise ValueError(f'train_freq must be a number of steps or a pair such as (2, "episode"), got {model.train_freq!r}')
+        raise ArgumentError(f'train_freq must be a number of steps or a pair such as (2, "episode"), got {model.train_freq!r}')
     frequency, unit = pair[0], getattr(pair[1], "value", pair[1])
     check_number("train_freq", frequency, low=1, integer=True)
     check_choice("the unit of train_freq", unit, ("step", "episode"))
     if unit == "episode" and model.n_envs > 1:
-        raise ValueError(f"train_freq={pair!r} counts episodes, which needs one environment, got n_envs={model.n_envs}")
+        raise ArgumentError(f"train_freq={pair!r} counts episodes, which needs one environment, got n_envs={model.n_envs}")
 
 
 def _check_buffer(model: Any) -> None:
@@ -118,7 +118,7 @@ def _check_buffer(model: Any) -> None:
     if model.n_steps > 1 and model.optimize_memory_usage:
         raise UnsupportedError(f"n_steps must be 1 with optimize_memory_usage=True, got {model.n_steps}")
     if model.optimize_memory_usage and (model.replay_buffer_kwargs or {}).get("handle_timeout_termination", True):
-        raise ValueError(
+        raise ArgumentError(
             "optimize_memory_usage=True cannot tell truncation from termination: add "
             f"replay_buffer_kwargs={{'handle_timeout_termination': False}}, got {model.replay_buffer_kwargs!r}"
         )
@@ -130,6 +130,6 @@ def _check_noise(model: Any) -> None:
         NoiseSchedule.parse(model.exploration_noise)
         return
     if model.warmup == "noise":
-        raise ValueError("warmup='noise' needs exploration_noise, got exploration_noise=None")
+        raise ArgumentError("warmup='noise' needs exploration_noise, got exploration_noise=None")
     if model.action_noise is not None:
         check_action_noise(model.action_noise, model.action_space.shape)

@@ -11,7 +11,7 @@ from stable_baselines3.common.noise import (
     VectorizedActionNoise,
 )
 
-from sb3_ac_ext.validation import check_choice, check_mapping, check_number
+from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, check_choice, check_mapping, check_number
 
 PROCESSES = ("normal", "ornstein-uhlenbeck")
 LOWEST_DT = 1e-9
@@ -54,9 +54,11 @@ class NoiseSchedule:
         spec = check_mapping(name, spec, required=("type", "start"), optional=("end", "steps", "dt"))
         check_choice(f"{name}['type']", spec["type"], PROCESSES)
         if ("end" in spec) != ("steps" in spec):
-            raise ValueError(f"{name} needs both end and steps for a decay, or neither for a constant std, got {dict(spec)!r}")
+            raise ArgumentError(
+                f"{name} needs both end and steps for a decay, or neither for a constant std, got {dict(spec)!r}"
+            )
         if "dt" in spec and spec["type"] == "normal":
-            raise ValueError(f"{name}['dt'] belongs to 'ornstein-uhlenbeck', got {dict(spec)!r}")
+            raise ArgumentError(f"{name}['dt'] belongs to 'ornstein-uhlenbeck', got {dict(spec)!r}")
         schedule = cls(**{"end": spec["start"], "steps": 1, **spec})
         check_number(f"{name}['start']", schedule.start, low=0)
         check_number(f"{name}['end']", schedule.end, low=0)
@@ -110,12 +112,13 @@ def check_action_noise(noise: Any, shape: tuple[int, ...]) -> None:
     :raises ValueError: if its arrays have another shape than an action, or its time step is not positive
     """
     if not isinstance(noise, ActionNoise):
-        raise TypeError(f"action_noise must be an ActionNoise, got {noise!r} of type {type(noise).__name__}")
+        raise ArgumentTypeError(f"action_noise must be an ActionNoise, got {noise!r} of type {type(noise).__name__}")
     process = noise.base_noise if isinstance(noise, VectorizedActionNoise) else noise
     arrays = {name: getattr(process, name, None) for name in ("_mu", "_sigma", "initial_noise")}
     shapes = {name: np.shape(array) for name, array in arrays.items() if array is not None}
     if not all(_broadcasts(size, shape) for size in shapes.values()):
         given = ", ".join(f"{name.lstrip('_')} of {size}" for name, size in shapes.items())
-        raise ValueError(f"action_noise must broadcast to the shape of an action, {shape}, got {process!r} ({given})")
+        legal = f"action_noise must have the shape of an action, {shape}, or broadcast to it"
+        raise ArgumentError(f"{legal}, got {process!r} ({given})")
     if isinstance(process, OrnsteinUhlenbeckActionNoise):
         check_number("the dt of action_noise", process._dt, low=LOWEST_DT)

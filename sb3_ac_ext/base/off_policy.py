@@ -26,7 +26,7 @@ from sb3_ac_ext.base.typing import constructor_keys
 from sb3_ac_ext.buffers import replay
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.engine import Engine
-from sb3_ac_ext.validation import check_keys, translated_assertions
+from sb3_ac_ext.validation import ArgumentError, check_keys, translated_assertions
 
 AUTOMATIC_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 """What SB3 chooses when no class is given, and stores in its zips as if it had been."""
@@ -92,7 +92,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         if self.exploration_noise is None:
             self._noise = None
         elif self.action_noise is not None and self._noise is None:
-            raise ValueError(
+            raise ArgumentError(
                 "exploration_noise and action_noise (noise_type in RL Zoo) exclude each other, got "
                 f"exploration_noise={self.exploration_noise!r} and action_noise={self.action_noise!r}"
             )
@@ -128,7 +128,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         kwargs = dict(self.replay_buffer_kwargs)
         if issubclass(self.replay_buffer_class, HerReplayBuffer):
             if self.env is None:
-                raise ValueError(
+                raise ArgumentError(
                     "HerReplayBuffer asks the environment for rewards: call set_env() or load with env=, got None"
                 )
             kwargs["env"] = self.env

@@ -5,6 +5,8 @@ from typing import Any
 
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 
+from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError
+
 
 def as_schedule(name: str, value: Any) -> FloatSchedule:
     """
@@ -14,8 +16,8 @@ def as_schedule(name: str, value: Any) -> FloatSchedule:
     :param value: a number >= 0 (0 is legal: the Zoo's enjoy loads with it), ``"lin_x"`` for a rate that falls linearly
         from x to 0, or a function of the remaining progress
     :return: the schedule
-    :raises TypeError: if ``value`` is none of these
-    :raises ValueError: if the string cannot be read, or the rate at the start is negative or not finite
+    :raises ArgumentTypeError: if ``value`` is none of these
+    :raises ArgumentError: if the string cannot be read, or the rate at the start is negative or not finite
     """
     legal = f'{name} must be a number >= 0, a string "lin_x" such as "lin_7e-4", or a function of the remaining progress'
     if isinstance(value, str):
@@ -25,11 +27,11 @@ def as_schedule(name: str, value: Any) -> FloatSchedule:
         except ValueError:
             value = None
         if value is None:
-            raise ValueError(f"{legal}, got {kind + _ + initial!r}")
+            raise ArgumentError(f"{legal}, got {kind + _ + initial!r}")
     if isinstance(value, bool) or not (callable(value) or isinstance(value, (int, float))):
-        raise TypeError(f"{legal}, got {value!r} of type {type(value).__name__}")
+        raise ArgumentTypeError(f"{legal}, got {value!r} of type {type(value).__name__}")
     schedule = FloatSchedule(value)
     rate = schedule(1.0)
     if not (math.isfinite(rate) and rate >= 0):
-        raise ValueError(f"{legal}, got {value!r} ({rate} at the start)")
+        raise ArgumentError(f"{legal}, got {value!r} ({rate} at the start)")
     return schedule

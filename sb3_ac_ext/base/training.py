@@ -38,9 +38,6 @@ class TrainingMixin(BaseAlgorithm):
         """The networks that are trained, by their names, as everything is now; see `_network`."""
         raise NotImplementedError
 
-    def _network_names(self) -> list[str]:
-        return list(self._networks())
-
     def _network(
         self,
         name: str,
@@ -61,10 +58,13 @@ class TrainingMixin(BaseAlgorithm):
         :param weight_decay: L2 decay of its weights
         :param clipped: parameters whose gradients are bounded each by themselves; None for all together
         :return: the record for the engine
+        :raises ArgumentError: for a bound in ``max_grad_norm`` that is none
         """
         progress = self._current_progress_remaining
         current = self.lr_schedule(progress) if rate is None else self._schedule(name, rate)(progress)
         bound = self.max_grad_norm.get(name) if isinstance(self.max_grad_norm, dict) else self.max_grad_norm
+        if bound is not None:
+            check_number(f"max_grad_norm[{name!r}]", bound, low=1e-12)
         largest = None if bound is None else float(bound)
         return Network(module, optimizer, target, current, float(weight_decay), largest, clipped)
 
@@ -82,12 +82,9 @@ class TrainingMixin(BaseAlgorithm):
         """Call at the end of `_setup_model`."""
         check_switch("engine", self.engine)
         self._make_engine()
-        names = self._network_names()
-        bounds = self.max_grad_norm
-        if not isinstance(bounds, dict):
-            bounds = {} if bounds is None else dict.fromkeys(names, bounds)
-        for name, bound in check_mapping("max_grad_norm", bounds, required=(), optional=names).items():
-            check_number(f"max_grad_norm[{name!r}]", bound, low=1e-12)
+        names = list(self._networks())
+        if isinstance(self.max_grad_norm, dict):
+            check_mapping("max_grad_norm", self.max_grad_norm, required=(), optional=names)
 
     def _make_engine(self) -> None:
         self._schedules = {}

@@ -7,7 +7,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from sb3_ac_ext.envs.joint_spaces import JointBox
 from sb3_ac_ext.maddpg.buffer import JointReplayBuffer
 from sb3_ac_ext.maddpg.policies import MlpPolicy
-from sb3_ac_ext.validation import UnsupportedError, check_number, check_switch
+from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, UnsupportedError, check_number, check_switch
 
 
 def check_maddpg_arguments(model: Any) -> None:
@@ -18,13 +18,13 @@ def check_maddpg_arguments(model: Any) -> None:
     :raises UnsupportedError: if the spaces or a combination of arguments cannot be served
     """
     if not (isinstance(model.policy_class, type) and issubclass(model.policy_class, MlpPolicy)):
-        raise TypeError(f"policy must be derived from {MlpPolicy.__module__}.MlpPolicy, got {model.policy_class}")
+        raise ArgumentTypeError(f"policy must be derived from {MlpPolicy.__module__}.MlpPolicy, got {model.policy_class}")
     check_switch("centralised", model.centralised)
     check_number("policy_delay", model.policy_delay, low=1, integer=True)
     for name in ("target_policy_noise", "target_noise_clip", "logit_penalty"):
         check_number(name, getattr(model, name), low=0)
     if model.policy_kwargs.get("centralised", model.centralised) != model.centralised:
-        raise ValueError(
+        raise ArgumentError(
             f"centralised must be what the policy was made with, {model.policy_kwargs['centralised']}, got {model.centralised}"
         )
     if model.n_steps > 1:

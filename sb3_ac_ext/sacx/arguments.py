@@ -7,7 +7,7 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_ac_ext.sacx.policies import MlpPolicy
-from sb3_ac_ext.validation import check_number, check_switch
+from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, check_number, check_switch
 
 
 def check_sacx_arguments(model: Any) -> None:
@@ -17,7 +17,7 @@ def check_sacx_arguments(model: Any) -> None:
     :raises ValueError: if one is out of range or contradicts another
     """
     if not issubclass(model._translated_policy_class(model.policy_class), MlpPolicy):
-        raise TypeError(f"policy must be derived from {MlpPolicy.__module__}.MlpPolicy, got {model.policy_class}")
+        raise ArgumentTypeError(f"policy must be derived from {MlpPolicy.__module__}.MlpPolicy, got {model.policy_class}")
     automatic, _ = parse_ent_coef(model.ent_coef)
     model.target_entropy = parse_target_entropy(model.target_entropy, model.action_space)  # as SB3 does
     for name in ("value_network", "exact_log_prob", "use_sde", "use_sde_at_warmup"):
@@ -27,18 +27,18 @@ def check_sacx_arguments(model: Any) -> None:
     if model.target_update_every is not None:
         check_number("target_update_every", model.target_update_every, low=1, integer=True)
         if model.target_update_interval != 1:
-            raise ValueError(
+            raise ArgumentError(
                 "target_update_interval and target_update_every exclude each other, got "
                 f"{model.target_update_interval} and {model.target_update_every}"
             )
     if model.value_learning_rate is not None and not model.value_network:
-        raise ValueError(f"value_learning_rate needs value_network=True, got {model.value_learning_rate!r} without it")
+        raise ArgumentError(f"value_learning_rate needs value_network=True, got {model.value_learning_rate!r} without it")
     if model.ent_coef_learning_rate is not None and not automatic:
-        raise ValueError(
+        raise ArgumentError(
             f'ent_coef_learning_rate needs ent_coef="auto", got {model.ent_coef_learning_rate!r} with {model.ent_coef!r}'
         )
     if model.policy_kwargs.get("value_network", model.value_network) != model.value_network:
-        raise ValueError(
+        raise ArgumentError(
             f"value_network must be what the policy was made with, {model.policy_kwargs['value_network']}, "
             f"got {model.value_network}"
         )
@@ -59,7 +59,7 @@ def parse_ent_coef(ent_coef: Any) -> tuple[bool, float]:
         value = (initial if separator else 1.0) if automatic else ent_coef
     number = _as_number(legal, ent_coef, value)
     if not 0 < number < math.inf:
-        raise ValueError(f"{legal}, got {ent_coef!r}")
+        raise ArgumentError(f"{legal}, got {ent_coef!r}")
     return automatic, number
 
 
@@ -76,7 +76,7 @@ def parse_target_entropy(target_entropy: Any, action_space: spaces.Space[Any]) -
     legal = 'target_entropy must be a number (of nats) or "auto", minus the number of action dimensions'
     number = _as_number(legal, target_entropy, target_entropy)
     if not math.isfinite(number):
-        raise ValueError(f"{legal}, got {target_entropy!r}")
+        raise ArgumentError(f"{legal}, got {target_entropy!r}")
     return number
 
 
@@ -86,7 +86,7 @@ def _as_number(legal: str, given: Any, value: Any) -> float:
         if not isinstance(value, bool):
             return float(value)
     except ValueError:
-        raise ValueError(f"{legal}, got {given!r}") from None
+        raise ArgumentError(f"{legal}, got {given!r}") from None
     except TypeError:
         pass
-    raise TypeError(f"{legal}, got {given!r} of type {type(given).__name__}")
+    raise ArgumentTypeError(f"{legal}, got {given!r} of type {type(given).__name__}")
