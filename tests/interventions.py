@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import torch as th
 import torch.multiprocessing  # registers how tensors are sent to processes
+from models import Fading, Wary
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.save_util import recursive_setattr
@@ -88,8 +89,9 @@ def no_gradients(subject: Subject) -> None:
         parameter.grad = None
 
 
-@intervention(acts=False, variant="batch norm", rows=ONE_AGENT)
+@intervention(variant="batch norm", rows=ONE_AGENT)
 def new_memory_of_running_statistics(subject: Subject) -> None:
+    """SB3 keeps what it had, and the targets' statistics follow no more."""
     for buffer in subject.model.policy.buffers():
         buffer.data = buffer.data.clone()
 
@@ -97,47 +99,53 @@ def new_memory_of_running_statistics(subject: Subject) -> None:
 # Numbers, of every type that SB3 takes for them
 
 
-def number(name: str, *values: Any, rows: tuple[str, ...], whole: bool = False, arrays: bool = False, **kwargs: Any) -> None:
+def number(name: str, start: float, value: float, rows: tuple[str, ...], *, arrays: bool = False, **kwargs: Any) -> None:
     """
-    Enter an intervention that gives an attribute values of one type after another, and fills the last ones in place.
+    Enter an intervention for each type that an attribute's value can be of, and for filling it in place.
 
-    :param values: seven of them
-    :param whole: whether they are whole
+    :param start: before
+    :param value: after
     :param arrays: whether SB3 takes arrays of no dimension
     """
     where, attribute = ("actor", name[6:]) if name.startswith("actor.") else ("", name)
+    scalar = np.int32 if isinstance(value, int) else np.float32
+    known = kwargs.pop("sb3", True)
 
-    def array(value: float) -> Any:
-        return np.array(value) if arrays else (np.int64 if whole else np.float64)(value)
+    def owner(subject: Subject) -> Any:
+        return getattr(subject.model, where) if where else subject.model
 
-    def do(subject: Subject) -> None:
-        owner = getattr(subject.model, where) if where else subject.model
-        value, present = values[subject.turn], getattr(owner, attribute, None)
-        if subject.turn == 3:
-            assert isinstance(present, th.Tensor)
-            present.fill_(value)
-        elif subject.turn == 5 and arrays:
-            present[...] = value  # type: ignore[index]
-        else:
-            kinds = (type(value), np.int32 if whole else np.float32, th.tensor, None, array, array, np.float64)
-            setattr(owner, attribute, kinds[subject.turn](value))  # type: ignore[misc]
+    def enter(how: str, do: Callable[[Subject], None], before: Callable[[Subject], None] | None = None) -> None:
+        title = f"{name} {how}"
+        sb3 = known and not how.endswith("array")  # which rounds otherwise, as it is of float64
+        INTERVENTIONS[title] = Intervention(title, do, rows=rows, before=before, sb3=sb3, **kwargs)
 
-    INTERVENTIONS[name] = Intervention(name, do, rows=rows, turns=len(values), **kwargs)
+    def setter(kind: Callable[[Any], Any], number: float) -> Callable[[Subject], None]:
+        return lambda subject: setattr(owner(subject), attribute, kind(number))
+
+    def fill(subject: Subject) -> None:
+        getattr(owner(subject), attribute)[...] = value
+
+    kinds: dict[str, Callable[[Any], Any]] = {"as a number": lambda x: x, "of numpy": scalar, "as a tensor": th.tensor}
+    for how, kind in {**kinds, **({"as an array": np.array} if arrays else {})}.items():
+        enter(how, setter(kind, value))
+    enter("in a tensor", fill, setter(th.tensor, start))
+    if arrays:
+        enter("in an array", fill, setter(np.array, start))
 
 
 SMOOTHED = (("target_policy_noise", 0.5),)
-THRICE = (("gradient_steps", 3),)
+TWICE = (("gradient_steps", 2),)
 
-number("tau", 0.3, 0.1, 0.5, 0.02, 0.4, 0.7, 0.2, rows=OFF_POLICY)
-number("gamma", 0.8, 0.1, 0.5, 0.9, 0.4, 0.7, 0.2, rows=OFF_POLICY, arrays=True)
-number("target_policy_noise", 0.5, 0.1, 0.3, 0.8, 0.4, 0.0, 0.2, rows=("td3x", "maddpg"))
-number("target_noise_clip", 0.1, 0.2, 0.05, 0.4, 0.01, 0.7, 0.0, rows=("td3x", "maddpg"), changes=SMOOTHED)
-number("policy_delay", 3, 1, 2, 4, 3, 1, 2, rows=("td3x", "maddpg"), whole=True, arrays=True)
-number("target_update_interval", 2, 1, 3, 1, 2, 1, 2, rows=("sacx",), whole=True, arrays=True, changes=THRICE)
-number("target_update_every", 3, 1, 2, 4, 3, 1, 2, rows=("sacx",), whole=True, arrays=True, sb3=False)
-number("critic_weight_decay", 0.5, 0.1, 1.0, 0.2, 0.0, 0.6, 0.3, rows=("ddpgx",), sb3=False)
-number("logit_penalty", 0.5, 0.1, 1.0, 0.2, 0.0, 0.6, 0.3, rows=("maddpg",))
-number("actor.temperature", 0.5, 2.0, 0.3, 5.0, 0.4, 1.5, 0.7, rows=("maddpg",))
+number("tau", 0.01, 0.3, OFF_POLICY)
+number("gamma", 0.99, 0.5, OFF_POLICY, arrays=True)
+number("target_policy_noise", 0.2, 0.8, ("td3x", "maddpg"))
+number("target_noise_clip", 0.5, 0.05, ("td3x", "maddpg"), changes=SMOOTHED)
+number("policy_delay", 2, 3, ("td3x", "maddpg"), arrays=True)
+number("target_update_interval", 1, 2, ("sacx",), arrays=True, changes=TWICE)
+number("target_update_every", 1, 3, ("sacx",), arrays=True, sb3=False)
+number("critic_weight_decay", 0.0, 0.5, ("ddpgx",), sb3=False)
+number("logit_penalty", 0.0, 0.5, ("maddpg",))
+number("actor.temperature", 1.0, 3.0, ("maddpg",))
 
 
 @intervention(turns=4)
@@ -367,27 +375,12 @@ def own_activation(subject: Subject) -> None:
 
 @intervention()
 def activation_that_looks_at_values(subject: Subject) -> None:
-    """What it does depends on numbers, so that it cannot be recorded."""
-
-    class Wary(nn.Module):
-        def forward(self, x: th.Tensor) -> th.Tensor:
-            return th.relu(x) if x.sum().item() > 0 else 0.5 * x
-
     parent, key = subject.activation("critic")
     setattr(parent, key, Wary())
 
 
 @intervention()
 def activation_that_counts(subject: Subject) -> None:
-    """What it does depends on how often it was asked."""
-
-    class Fading(nn.Module):
-        asked = 0
-
-        def forward(self, x: th.Tensor) -> th.Tensor:
-            self.asked += 1
-            return th.relu(x) / (1 + 0.01 * self.asked)
-
     parent, key = subject.activation("critic")
     setattr(parent, key, Fading())
 

@@ -83,6 +83,23 @@ def batch_norm() -> nn.Module:
     return nn.BatchNorm1d(6)
 
 
+class Wary(nn.Module):
+    """What it does depends on numbers, so that it cannot be recorded."""
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return th.relu(x) if x.sum().item() > 0 else 0.5 * x
+
+
+class Fading(nn.Module):
+    """What it does depends on how often it was asked, which a replay would not count."""
+
+    asked = 0
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        self.asked += 1
+        return th.relu(x) / (1 + 0.01 * self.asked)
+
+
 VARIANTS: dict[str, Variant] = {
     "mlp": Variant(rows=tuple(spec.name for spec in ALGORITHMS)),
     "images": Variant("CnnPolicy", IMAGE),
@@ -93,6 +110,8 @@ VARIANTS: dict[str, Variant] = {
     "dropout": Variant(policy_kwargs=features(dropout)),
     "layer norm": Variant(policy_kwargs=features(layer_norm)),
     "batch norm": Variant(policy_kwargs=features(batch_norm)),
+    "looks at values": Variant(policy_kwargs=features(Wary)),
+    "counts": Variant(policy_kwargs=features(Fading)),
     "critic layer norm": Variant(policy_kwargs={"critic_layer_norm": True}, rows=("td3x", "sacx"), sb3=False),
     "one critic": Variant(policy_kwargs={"n_critics": 1}),
     "two critics": Variant(policy_kwargs={"n_critics": 2}, rows=("td3x", "ddpgx", "sacx", "maddpg")),

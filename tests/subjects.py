@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from models import ON_POLICY, SB3, environment, small_model
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import recursive_getattr
 from torch import nn
 
-WARM_UP, BEFORE, DRAWN, AFTER = 10, 18, 8, 18
+WARM_UP, BEFORE, DRAWN, AFTER = 10, 14, 6, 24
 """Steps without updates, with them before an intervention, those that its step is drawn from, and with updates after it."""
 TURN = 8
 """Steps between the turns of an intervention that has several."""
@@ -46,6 +47,8 @@ class Subject:
         self.calls: Counter[str] = Counter()
         self.hooks: list[Any] = []
         self.undo = contextlib.ExitStack()
+        if intervention.before is not None:
+            intervention.before(self)
 
     # Who does it
 
@@ -179,6 +182,8 @@ class Intervention:
     """Constructor arguments."""
     sb3: bool = True
     """Whether SB3's classes do the same, where the row has one."""
+    before: Callable[[Subject], None] | None = None
+    """What is done before training."""
     turns: int = 1
     ways: tuple[str, ...] = WAYS
     error: type[Exception] | None = None
@@ -222,6 +227,23 @@ class Callback(BaseCallback):
         return True
 
 
+def observations(space: spaces.Space[Any], n: int | None = None) -> Any:
+    """
+    Always the same ones.
+
+    :param space: whose samples they are
+    :param n: how many, in a batch; None for one alone
+    """
+    space = copy.deepcopy(space)
+    space.seed(3)
+    if n is None:
+        return space.sample()
+    samples = [space.sample() for _ in range(n)]
+    if isinstance(space, spaces.Dict):
+        return {name: np.stack([sample[name] for sample in samples]) for name in space.spaces}
+    return np.stack(samples)
+
+
 def observe(subject: Subject, error: type[Exception] | None) -> Outcome:
     """Read everything, hooks being counted no more."""
     model, calls = subject.model, dict(subject.calls)
@@ -231,8 +253,8 @@ def observe(subject: Subject, error: type[Exception] | None) -> Outcome:
     outcome.trajectory.append(numbers(model))
     outcome.drawn = [th.rand(1).item(), float(np.random.random()), random.random()]
     outcome.parameters = copy.deepcopy({name: value for name, value in model.get_parameters().items() if name != "policy"})
-    observations = np.linspace(-1, 1, 3 * model.observation_space.shape[0], dtype=np.float32).reshape(3, -1)
-    for batch, deterministic in itertools.product((observations[0], observations), (True, False)):
+    batches = (observations(model.observation_space), observations(model.observation_space, 3))
+    for batch, deterministic in itertools.product(batches, (True, False)):
         th.manual_seed(1)
         outcome.predictions.append(model.predict(batch, deterministic=deterministic)[0])
     return outcome
