@@ -310,12 +310,39 @@ class Engine(Closed):
         try:
             with th.no_grad():
                 if kind.recording is None:
-                    self._record(kind, function, batch, options, {})
-                elif self._look_at(kind, -1):
-                    self._verify(kind, function, batch, options, {})
-                return None if kind.recording is None else kind.recording.copies()
+                    return self._record_evaluation(kind, function, batch, options)
+                expected = function(_as_tensors(batch, self.device), *options) or {}
+                if self._look_at(kind, -1) and self._agrees_with(kind, batch, expected):
+                    kind.verified = True
+                return {name: value.cpu().numpy().copy() for name, value in expected.items()}
         finally:
             self._lock.release()
+
+    def _record_evaluation(
+        self, kind: _Kind, function: Function, batch: tuple[np.ndarray, ...], options: tuple[Hashable, ...]
+    ) -> dict[str, np.ndarray] | None:
+        """As `_record`, but nothing is put back, as others may draw random numbers and train at the same time."""
+        reason = self._obstacle({})
+        if reason is not None:
+            kind.forget(reason)
+            return None
+        try:
+            recording, kind.guard = self._recorded(function, batch, options, self._state({}), {})
+        except RefusedError as error:
+            kind.forget(str(error), LONGEST_WAIT)
+            return None
+        kind.recording, kind.reason = recording, "it has run once"
+        outputs = recording.copies()
+        self._agrees_with(kind, batch, {name: value.clone() for name, value in recording.outputs.items()})
+        self._limit_recordings()
+        return outputs
+
+    def _agrees_with(self, kind: _Kind, batch: tuple[np.ndarray, ...], expected: Values) -> bool:
+        """Whether a replay without random numbers gives what the function gave; without that it is forgotten."""
+        assert kind.recording is not None
+        if kind.recording.replay.draws:
+            return True
+        return kind.recording.run(batch) and self._agrees(kind, [[*expected.values()], [], []], [])
 
     def parameter_norms(self) -> dict[str, float]:
         """
@@ -494,7 +521,7 @@ class Engine(Closed):
         modules = modules_in(vars(self._owner).values())
         helpers = [(helper, dict(vars(helper))) for module in modules for helper in helpers_of(module)]
         others = tensors_of_helpers(modules)
-        tape = Tape([*state, *others, *inputs.tensors, *steps])
+        tape = Tape([*state, *others, *steps], inputs.tensors)
         reads: dict[str, Any] = {}
         self._used = {}
         if networks:
@@ -565,6 +592,9 @@ class Engine(Closed):
     def _agrees(self, kind: _Kind, expected: Sequence[Sequence[th.Tensor]], state: Sequence[th.Tensor]) -> bool:
         """Whether a replay came to what the function did; without that it is forgotten."""
         assert kind.recording is not None
+        if not kind.recording.passed():
+            kind.forget("PyTorch's distributions refuse what they are given", 0)
+            return False
         apart = max(map(difference, self._results(kind.recording, state), expected))
         if apart > TOLERANCE:
             kind.forget(f"a replay differs from the function by {apart:.1e} of a result's norm", LONGEST_WAIT)

@@ -83,11 +83,18 @@ def noted_reads(owner: Any, note: Read) -> Iterator[None]:
         return value
 
     names = {"__getattribute__": read, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__slots__": ()}
+    names["_kind_before"] = kind
     owner.__class__ = type(kind)(kind.__name__, (kind,), names)  # type: ignore[misc]  # the class's own class
     try:
         yield
     finally:
         owner.__class__ = kind
+
+
+def _kind_of(owner: Any) -> type:
+    """The owner's class, also while its reads are noted."""
+    kind: type = type(owner).__dict__.get("_kind_before", type(owner))
+    return kind
 
 
 def process_state(trains: bool) -> tuple[Any, ...]:
@@ -131,6 +138,8 @@ def objects_in(value: Any, depth: int = 3) -> list[Any]:
         return [found for part in value for found in objects_in(part, depth - 1)]
     if isinstance(value, dict):
         return [found for part in value.values() for found in objects_in(part, depth - 1)]
+    if isinstance(value, MethodType):
+        return objects_in(value.__self__, depth)
     if isinstance(value, OTHERS) or not hasattr(value, "__dict__"):
         return []
     return [value, *(found for part in vars(value).values() for found in objects_in(part, depth - 1))]
@@ -193,7 +202,7 @@ class Guard:
     def __init__(
         self, owner: Any, reads: Mapping[str, Any], networks: Mapping[str, Network], used: Collection[Key] | None = None
     ) -> None:
-        self.owner, self._kind, self._networks = owner, type(owner), dict(networks)
+        self.owner, self._kind, self._networks = owner, _kind_of(owner), dict(networks)
         self._process = process_state(bool(networks))
         self._methods = [(name, value.__func__) for name, value in reads.items() if _is_method_of(owner, value)]
         self._values = [(name, value, _snapshot(value)) for name, value in reads.items() if not _is_method_of(owner, value)]
@@ -270,7 +279,10 @@ class Guard:
             return "PyTorch looks for anomalies"
         if self._replaced:
             return f"a replaced method: {', '.join(self._replaced)}"
-        compiled = any(base.__name__ == "OptimizedModule" for kind in self._types for base in kind.__mro__)
+        if self._networks and (th.is_inference_mode_enabled() or not th.is_grad_enabled()):
+            return "gradients are switched off"
+        compiled = any(vars(module).get("_compiled_call_impl") for module in self._modules)
+        compiled |= any(base.__name__ == "OptimizedModule" for kind in self._types for base in kind.__mro__)
         return "a compiled module" if compiled else None
 
     def change(self, networks: Mapping[str, Network]) -> str | None:
@@ -284,7 +296,7 @@ class Guard:
             return f"something that cannot be compared ({error})"
 
     def _change(self, networks: Mapping[str, Network]) -> str | None:
-        if type(self.owner) is not self._kind or [*map(type, self._modules)] != self._types:
+        if _kind_of(self.owner) is not self._kind or [*map(type, self._modules)] != self._types:
             return "a class"
         if any(self._hooks) or any(GLOBAL_HOOKS):
             return "a hook"

@@ -204,7 +204,8 @@ def _moved(call: Call, merged: dict[Key, Key], homes: dict[Key, tuple[th.Untyped
         offset = start // tensor.element_size() + tensor.storage_offset()
         return th.empty(0, dtype=tensor.dtype).set_(storage, offset, tensor.size(), tensor.stride())
 
-    return _in_place(Call(call.function, *tree_map_only(th.Tensor, now, (call.args, call.kwargs))))
+    args, kwargs = tree_map_only(th.Tensor, now, (call.args, call.kwargs))
+    return _in_place(Call(call.function, args, kwargs, lasting=call.lasting))
 
 
 def bytes_used(calls: Sequence[Call], kept: Collection[Key]) -> int:

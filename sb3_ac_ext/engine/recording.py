@@ -86,6 +86,7 @@ class Replay:
         calls = memory.plan(rewritten(tape.operations, rounding), kept)
         self.bytes = memory.bytes_used(calls, tape.external)
         self.external = [*tape.external.values()]
+        self.draws = any(call.lasting for call in calls)
         self._calls = [(call.function, call.args, call.kwargs) for call in calls]
 
     def __len__(self) -> int:
@@ -107,7 +108,7 @@ class Graph:
 
     def __init__(self, function: Callable[[], Values]) -> None:
         self._graph, stream = th.cuda.CUDAGraph(), th.cuda.Stream()
-        self.bytes, self.external = 0, []  # type: ignore[var-annotated]
+        self.bytes, self.external, self.draws = 0, [], True  # type: ignore[var-annotated]
         stream.wait_stream(th.cuda.current_stream())
         try:
             with th.cuda.graph(self._graph, stream=stream):
@@ -153,6 +154,10 @@ class Recording:
         """
         self.inputs.fill(values)
         self.replay()
+        return self.passed()
+
+    def passed(self) -> bool:
+        """Whether everything that the last replay asked for on the way was true."""
         return self.checks is None or bool(self.checks)
 
     def copies(self) -> dict[str, np.ndarray]:

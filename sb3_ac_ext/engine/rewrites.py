@@ -81,7 +81,8 @@ def calls(operation: Operation, rounding: bool = True) -> list[Call]:
     if operation.name in WITHOUT_CONTENT:
         return []
     if operation.result is None:
-        return [Call(_direct_method(operation), operation.args, operation.kwargs)]
+        lasting = th.Tag.nondeterministic_seeded in getattr(operation.function, "tags", ())
+        return [Call(_direct_method(operation), operation.args, operation.kwargs, lasting=lasting)]
     for rules in (EXACT, ROUNDING) if rounding else (EXACT,):
         rule = rules.get(operation.name)
         better = rule(operation) if rule is not None else None

@@ -7,7 +7,7 @@ that could be frozen without anybody noticing: values of tensors read as numbers
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -78,12 +78,14 @@ class Tape:
     """
     Notes the operations of a function, see `recording`.
 
-    :param watched: tensors that may be read and written: parameters, buffers, optimizer states, inputs
+    :param watched: tensors that may be read and written: parameters, buffers, optimizer states
+    :param inputs: tensors that may be read
     """
 
-    def __init__(self, watched: Iterable[th.Tensor]) -> None:
+    def __init__(self, watched: Iterable[th.Tensor], inputs: Sequence[th.Tensor] = ()) -> None:
         self.operations: list[Operation] = []
-        self.external: dict[Key, th.Tensor] = {memory(tensor): tensor.detach() for tensor in watched}
+        self.external: dict[Key, th.Tensor] = {memory(tensor): tensor.detach() for tensor in (*watched, *inputs)}
+        self._inputs = {*map(memory, inputs)}
         """By its key memory that is not the tape's own."""
         self.checks: list[th.Tensor] = []
         """Booleans that ``torch.distributions`` has asked for; the function went on as if all were true."""
@@ -133,13 +135,19 @@ class Tape:
         """The memory of results that somebody still holds when the function has returned."""
         return {key for key, references in self._made.items() if any(one() is not None for one in references)}
 
-    def check(self, function: Any, values: Any) -> None:
+    def check(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """
         :param function: an operation that is about to be done
-        :param values: its arguments
+        :param args: its arguments
+        :param kwargs: its arguments by name
         :raises RefusedError: if it depends on values that a replay would not look at, or on memory that nobody watches
         """
-        given = tensors(values)
+        given = tensors((args, kwargs))
+        if kwargs.get("generator") is not None:
+            raise RefusedError(f"{function} draws from a generator of its own")
+        written = [value for argument, value in zip(function._schema.arguments, args, strict=False) if argument.is_write]
+        if any(memory(tensor) in self._inputs for tensor in tensors(written)):
+            raise RefusedError(f"{function} changes the batch")
         tags = {th.Tag.data_dependent_output, th.Tag.dynamic_output_shape}.intersection(function.tags)
         if tags and not (function.overloadpacket is th.ops.aten.index and not any(_is_mask(t) for t in given[1:])):
             raise RefusedError(f"{function} depends on the values of a tensor")
@@ -184,7 +192,7 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._tape.paused:
             return func(*args, **kwargs)
-        self._tape.check(func, (args, kwargs))
+        self._tape.check(func, args, kwargs)
         result = func(*args, **kwargs)
         self._tape.note(func, args, kwargs, result)
         return result
