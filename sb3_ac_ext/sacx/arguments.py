@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.sac.policies import SACPolicy
 
+from sb3_ac_ext.base.arguments import check_policy_class
 from sb3_ac_ext.sacx.policies import MlpPolicy
 from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, check_number, check_switch
 
@@ -16,8 +18,7 @@ def check_sacx_arguments(model: Any) -> None:
     :raises TypeError: if an argument has the wrong type
     :raises ValueError: if one is out of range or contradicts another
     """
-    if not issubclass(model._translated_policy_class(model.policy_class), MlpPolicy):
-        raise ArgumentTypeError(f"policy must be derived from {MlpPolicy.__module__}.MlpPolicy, got {model.policy_class}")
+    check_policy_class(model, MlpPolicy if model.value_network else SACPolicy)
     automatic, _ = parse_ent_coef(model.ent_coef)
     model.target_entropy = parse_target_entropy(model.target_entropy, model.action_space)  # as SB3 does
     for name in ("value_network", "exact_log_prob", "use_sde", "use_sde_at_warmup"):

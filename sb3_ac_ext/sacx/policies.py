@@ -1,17 +1,20 @@
-"""SAC's networks: SB3's actor and critic, V if asked for, an optimizer for each."""
+"""SAC's networks: SB3's actor and critic, and V if asked for."""
 
+import copy
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.sac import policies as sb3
 from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
 
-from sb3_ac_ext.base.off_policy import critic_names
 from sb3_ac_ext.networks.critics import layer_norm_mlp
 from sb3_ac_ext.networks.policies import CriticPolicy, ForDicts, ForImages
 
@@ -66,9 +69,55 @@ class ValueNetwork(BaseModel):
         return value
 
 
+class Actor(sb3.Actor):
+    """SB3's actor, which can be copied and pickled at any time: the graph of its last actions stays behind."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "action_dist": _detached(self.action_dist)}
+
+
+def _detached(value: Any) -> Any:
+    """A tensor without its graph, or a distribution with such tensors."""
+    if isinstance(value, th.Tensor):
+        return value.detach()
+    if isinstance(value, (Distribution, th.distributions.Distribution)):
+        copied = copy.copy(value)
+        vars(copied).update({name: _detached(part) for name, part in vars(value).items()})
+        return copied
+    return value
+
+
+def divided(optimizer: th.optim.Optimizer, modules: Sequence[nn.Module]) -> list[th.optim.Optimizer | None]:
+    """
+    Optimizers of one kind, with the same options and states, in place of one.
+
+    :param optimizer: not to be used afterwards
+    :param modules: each gets an optimizer for those of its parameters that none before it has
+    :return: theirs, and one for the rest; None where there is nothing to train
+    """
+    left = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    parts = []
+    for share in [*({id(parameter) for parameter in module.parameters()} for module in modules), left.copy()]:
+        parts.append(_part(optimizer, share & left))
+        left -= share
+    return parts
+
+
+def _part(optimizer: th.optim.Optimizer, share: set[int]) -> th.optim.Optimizer | None:
+    groups = [{**group, "params": [p for p in group["params"] if id(p) in share]} for group in optimizer.param_groups]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    if not parameters:
+        return None
+    part = copy.copy(optimizer)
+    vars(part).update(vars(optimizer))  # what a class of the user's has besides
+    part.param_groups = [group for group in groups if group["params"]]
+    part.state = defaultdict(dict, {p: optimizer.state[p] for p in parameters if p in optimizer.state})
+    return part
+
+
 class MlpPolicy(CriticPolicy, SACPolicy):
     """
-    SB3's SAC policy with an optimizer for each network, and V if asked for.
+    SB3's SAC policy, and V if asked for.
 
     :param args: SB3's, see `CriticPolicy` for the others
     :param value_network: whether there is a V with a target, in place of the critic's target; the algorithm decides
@@ -81,6 +130,9 @@ class MlpPolicy(CriticPolicy, SACPolicy):
         self.value_network = value_network
         super().__init__(*args, **kwargs)
 
+    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
+        return Actor(**self._update_features_extractor(self.actor_kwargs, features_extractor)).to(self.device)
+
     def make_value(self, features_extractor: BaseFeaturesExtractor | None = None) -> ValueNetwork:
         """
         :param features_extractor: of the network; None makes one of its own
@@ -92,27 +144,15 @@ class MlpPolicy(CriticPolicy, SACPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
-        del self.critic.optimizer  # one for all streams
-        for name, stream in zip(critic_names(self.critic.n_critics), self.critic.q_networks, strict=True):
-            setattr(self, f"{name}_optimizer", self._optimizer_of(stream, lr_schedule))
-        self.critic_features_optimizer = self._optimizer_of_features(self.critic, lr_schedule)
         if self.value_network:
             self.critic_target = nn.Identity()  # type: ignore[assignment]  # SB3 looks for running statistics in it
             self.value = self.make_value(self.actor.features_extractor if self.share_features_extractor else None)
             self.value_target = self.make_value()
             self.value_target.load_state_dict(self.value.state_dict())
             self.value_target.set_training_mode(False)
-            self.value_optimizer = self._optimizer_of(self.value.vf, lr_schedule)
-            self.value_features_optimizer = self._optimizer_of_features(self.value, lr_schedule)
-
-    def _optimizer_of(self, module: nn.Module, lr_schedule: Schedule) -> th.optim.Optimizer:
-        return self.optimizer_class(module.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
-
-    def _optimizer_of_features(self, network: BaseModel, lr_schedule: Schedule) -> th.optim.Optimizer | None:
-        """None where there is nothing to learn, or the actor's loss does it."""
-        extractor: Any = network.features_extractor  # type: ignore[attr-defined]  # the networks here have one
-        learns = not self.share_features_extractor and any(True for _ in extractor.parameters())
-        return self._optimizer_of(extractor, lr_schedule) if learns else None
+            trained = self.value.vf if self.share_features_extractor else self.value  # the actor's loss trains its features
+            optimizer = self.optimizer_class(trained.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+            self.value_optimizer, self.value_features_optimizer = divided(optimizer, [self.value.vf])
 
     def set_training_mode(self, mode: bool) -> None:
         super().set_training_mode(mode)

@@ -15,7 +15,7 @@ With ``value_network=True`` (Haarnoja et al. 2018, arXiv:1801.01290, Algorithm 1
         y = r + gamma (1 - d) V_target(s')
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, NamedTuple, Self, Unpack
 
 import numpy as np
@@ -39,7 +39,8 @@ from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.gaussian import squashed_gaussian
 from sb3_ac_ext.functional.losses import ent_coef_loss, soft_value, squared_error, td_errors, td_target
 from sb3_ac_ext.sacx.arguments import check_sacx_arguments, parse_ent_coef
-from sb3_ac_ext.sacx.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_ac_ext.sacx.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, divided
+from sb3_ac_ext.validation import check_keys
 
 
 class PolicySample(NamedTuple):
@@ -61,7 +62,8 @@ class SACX(OffPolicyMixin, SAC):
     1 / ``ent_coef``. Differences from SB3's SAC with the extras at their defaults: none in the updates; the replay buffer
     is allocated at its first use.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class derived from these
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class derived from SB3's (with ``value_network``
+        from these)
     :param env: environment or its id, with a Box action space of finite bounds
     :param learning_rate: rate of all networks and alpha: a number >= 0, "lin_x" (falls linearly from x to 0), or a schedule
     :param actor_learning_rate: rate of the actor instead
@@ -176,30 +178,43 @@ class SACX(OffPolicyMixin, SAC):
             self.batch_norm_stats_target = get_parameters_by_name(self.policy.value_target, ["running_"])
 
     def _networks(self) -> Mapping[str, Network]:
-        policy, rates = self.policy, self._q_rates()
-        targets = [None] * len(rates) if self.value_network else self.critic_target.q_networks
-        parts: dict[str, tuple[nn.Module | None, Any, nn.Module | None, Any]] = {}
-        for (name, rate), stream, target in zip(rates.items(), self.critic.q_networks, targets, strict=True):
-            parts[name] = stream, getattr(policy, f"{name}_optimizer"), target, rate
-        parts["critic_features"] = self.critic.features_extractor, policy.critic_features_optimizer, None, None
+        policy, optimizers = self.policy, self._critic_optimizers()
+        rates = self._q_rates([name for name in optimizers if name != "critic_features"])
+        rates |= {"actor": self.actor_learning_rate, "ent_coef": self.ent_coef_learning_rate}
         if self.value_network:
-            value, target = policy.value, policy.value_target
-            parts["value"] = value.vf, policy.value_optimizer, target.vf, self.value_learning_rate
-            parts["value_features"] = value.features_extractor, policy.value_features_optimizer, None, None
-        parts["actor"] = self.actor, self.actor.optimizer, None, self.actor_learning_rate
-        if self.ent_coef_optimizer is not None:
-            parts["ent_coef"] = None, self.ent_coef_optimizer, None, self.ent_coef_learning_rate
-        return {
-            name: self._network(name, module, optimizer, target, rate=rate)
-            for name, (module, optimizer, target, rate) in parts.items()
+            optimizers |= {"value": policy.value_optimizer, "value_features": policy.value_features_optimizer}
+            rates["value"] = self.value_learning_rate
+        optimizers |= {"actor": self.actor.optimizer, "ent_coef": self.ent_coef_optimizer}
+        networks = {
+            name: self._network(name, None, optimizer, rate=rates.get(name))
+            for name, optimizer in optimizers.items()
             if optimizer is not None
         }
+        followed = networks[self._followed(networks)]
+        online, target = (policy.value, policy.value_target) if self.value_network else (self.critic, self.critic_target)
+        followed.module, followed.target = online, target
+        return networks
 
-    def _q_rates(self) -> dict[str, Any]:
-        """The argument for the rate of each critic, by its name."""
-        rates = dict.fromkeys(critic_names(self.critic.n_critics))
+    def _followed(self, networks: Mapping[str, Network]) -> str:
+        """The network whose record has the target: V, or the first critic, for all critics and their features together."""
+        return "value" if self.value_network else next(iter(networks))
+
+    def _critic_optimizers(self) -> dict[str, th.optim.Optimizer | None]:
+        """That of each critic and that of the rest, their features, by their names; one as SB3 has it becomes these."""
+        streams = getattr(self.critic, "q_networks", ())  # a critic of the user's need not have any
+        names = [*critic_names(len(streams)), "critic_features"]
+        whole = vars(self.critic).pop("optimizer", None)
+        if whole is not None:
+            for name, part in zip(names, divided(whole, streams), strict=True):
+                setattr(self.policy, f"{name}_optimizer", part)
+        return {name: getattr(self.policy, f"{name}_optimizer") for name in names}
+
+    def _q_rates(self, names: Collection[str]) -> dict[str, Any]:
+        """The arguments for the rates of critics, by their ``names``."""
         given = {"q_a": self.q_a_learning_rate, "q_b": self.q_b_learning_rate, **(self.q_learning_rates or {})}
-        return {name: given.get(name) for name in rates}
+        given = {name: rate for name, rate in given.items() if rate is not None}
+        check_keys("q_learning_rates", given, names, kind="key")
+        return given
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
@@ -269,14 +284,7 @@ class SACX(OffPolicyMixin, SAC):
         return th.cat(critic(observations, actions), dim=1).min(dim=1, keepdim=True).values
 
     def _update_targets(self) -> None:
-        if self.value_network:
-            online, target = self.policy.value.features_extractor, self.policy.value_target.features_extractor
-            self._engine.follow("value", self.tau)
-        else:
-            online, target = self.critic.features_extractor, self.critic_target.features_extractor
-            for name in critic_names(self.critic.n_critics):
-                self._engine.follow(name, self.tau)
-        polyak_update(online.parameters(), target.parameters(), self.tau)
+        self._engine.follow(self._followed(self._engine.networks), self.tau)
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
     def _targets_are_due(self, step: int) -> bool:
@@ -315,8 +323,8 @@ class SACX(OffPolicyMixin, SAC):
 
     def _act(self, batch: tuple[th.Tensor], deterministic: bool) -> dict[str, th.Tensor]:
         """What SB3's distribution gives, from the same random numbers, in a third of the operations."""
-        kinds = type(self.policy)._predict, type(self.actor), type(self.actor.action_dist)
-        if kinds != (SACPolicy._predict, Actor, SquashedDiagGaussianDistribution):
+        kinds = type(self.policy)._predict, type(self.actor).forward, type(self.actor.action_dist)
+        if kinds != (SACPolicy._predict, Actor.forward, SquashedDiagGaussianDistribution):
             return super()._act(batch, deterministic)
         mean, log_std, _ = self.actor.get_action_dist_params(batch[0])
         u = mean if deterministic else mean + log_std.exp() * th.empty_like(mean).normal_()
@@ -346,8 +354,7 @@ class SACX(OffPolicyMixin, SAC):
         return ["policy", *optimizers], [] if self.ent_coef_optimizer is None else ["log_ent_coef"]
 
     def _joint_optimizers(self) -> dict[str, tuple[str, ...]]:
-        streams = (f"policy.{name}_optimizer" for name in critic_names(self.critic.n_critics))
-        return {"critic.optimizer": ("policy.critic_features_optimizer", *streams)}
+        return {"critic.optimizer": tuple(f"policy.{name}_optimizer" for name in self._critic_optimizers())}
 
     def _translated_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """Alpha's optimizer goes or starts afresh where a file is loaded with another ``ent_coef``."""
