@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from types import FunctionType, MethodType, SimpleNamespace
@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from sb3_ac_ext.engine import Network
+from sb3_ac_ext.engine.guard import Guard
 
 BEFORE, AFTER = 3, 4
 """Updates before a change, enough to be replayed, and after it."""
@@ -853,22 +854,26 @@ def test_reasons() -> None:
     assert own.engine.report() == {"update": "ordinary: it has not run often enough"} or not own.engine.enabled
 
 
+@pytest.fixture
+def validated() -> Iterator[None]:
+    """The compiler switches the checks of distributions off for the whole process."""
+    before = th.distributions.Distribution._validate_args
+    yield
+    th.distributions.Distribution.set_default_validate_args(before)
+
+
+@pytest.mark.usefixtures("validated")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_compiled_modules_run_as_they_stand() -> None:
     """Nothing is compiled here: the guard is asked before it would be."""
-    from sb3_ac_ext.engine.guard import Guard
-
-    own = Learner()
+    own, whole = Learner(), Learner()
     own.net = th.compile(own.net)  # type: ignore[assignment]
-    assert Guard(own, vars(own), {}).obstacle() is not None
-    whole = Learner()
     whole.net.compile()
-    assert Guard(whole, vars(whole), {}).obstacle() is not None
+    for one in (own, whole):
+        assert Guard(one, vars(one), {}).obstacle() is not None
 
 
 def test_a_look_costs_little_and_changes_nothing() -> None:
-    from sb3_ac_ext.engine.guard import Guard
-
     own = tree(True)
     own.train(range(3))
     guard = Guard(own, {"net": own.net, "tau": own.tau}, own.engine.networks)

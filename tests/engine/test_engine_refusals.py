@@ -105,6 +105,7 @@ VALUES: dict[str, Term] = {
     "mask": lambda x: x[x > 0].sum(),
     "mask of rows": lambda x: x[x[:, 0] > 0].sum(),
     "mask and column": lambda x: x[x[:, 0] > 0, 1].sum(),
+    "sparse": lambda x: th.sparse.sum(x.clamp(min=0).to_sparse()),
     "masked_select": lambda x: x.masked_select(x > 0).sum(),
     "nonzero": lambda x: len(x.clamp(min=0).nonzero()) / 10,
     "where": lambda x: len(th.where(x > 0)[0]) / 10,
@@ -405,7 +406,16 @@ class InPlaceAgain(Learner):
         return super().update(batch, delayed)
 
 
-@pytest.mark.parametrize("cls", [InPlace, InPlaceAgain])
+class InPlaceByName(Learner):
+    """Changes its batch as an argument by name, and by an operation on lists."""
+
+    def update(self, batch: Batch, delayed: bool = True) -> Values:
+        th.clamp(batch[0], -0.5, 0.5, out=batch[0])
+        th._foreach_clamp_max_([batch[1], batch[0][1]], 0.4)  # type: ignore[attr-defined]
+        return super().update(batch, delayed)
+
+
+@pytest.mark.parametrize("cls", [InPlace, InPlaceAgain, InPlaceByName])
 def test_batches_that_are_changed(cls: type[Learner]) -> None:
     """They are the caller's: what the function does to them is done once, and is seen."""
     ours, theirs = cls(), cls(enabled=False)
