@@ -5,7 +5,7 @@ import torch as th
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sb3_ac_ext.functional.losses import ent_coef_loss, smoothed_action, soft_value, td_target, twin_mse
+from sb3_ac_ext.functional.losses import ent_coef_loss, smoothed_action, soft_value, squared_error, td_errors, td_target
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,26 @@ def test_smoothing_noise_is_symmetric() -> None:
     assert moved.max().item() == 0.5
 
 
-def test_twin_mse_is_the_sum_of_both_means() -> None:
-    q_a, q_b, target = th.tensor([[1.0], [3.0]]), th.tensor([[0.0], [0.0]]), th.tensor([[2.0], [2.0]])
-    assert twin_mse(q_a, q_b, target).item() == (1 + 1) / 2 + (4 + 4) / 2
+TARGET = th.tensor([[2.0], [2.0]])
+VALUES = [th.tensor([[1.0], [3.0]]), th.tensor([[0.0], [0.0]]), th.tensor([[2.0], [5.0]])]
+
+
+@pytest.mark.parametrize(("critics", "expected"), [(1, 1.0), (2, 5.0), (3, 9.5)])
+def test_squared_error_is_the_sum_over_critics_of_the_means(critics: int, expected: float) -> None:
+    assert squared_error(VALUES[:critics], TARGET).item() == expected
+
+
+def test_squared_error_with_weights() -> None:
+    """(0.5 * 1 + 2 * 1) / 2 + (0.5 * 4 + 2 * 4) / 2 + (0.5 * 0 + 2 * 9) / 2"""
+    assert squared_error(VALUES, TARGET, th.tensor([[0.5], [2.0]])).item() == 1.25 + 5.0 + 9.0
+    assert squared_error(VALUES, TARGET, th.ones(2, 1)).item() == squared_error(VALUES, TARGET).item()
+
+
+def test_td_errors_are_means_over_critics_without_gradient() -> None:
+    values = [value.clone().requires_grad_() for value in VALUES]
+    errors = td_errors(values, TARGET)
+    th.testing.assert_close(errors, th.tensor([[1.0], [2.0]]))
+    assert not errors.requires_grad
 
 
 @pytest.mark.parametrize(("done", "expected"), [(0.0, 2.89), (1.0, 1.0)], ids=["continuing", "terminated"])

@@ -105,7 +105,12 @@ class TrainingMixin(BaseAlgorithm):
         self._set_training_mode(True)
         self._engine.begin()
         self._record_rates()
-        yield self._engine
+        try:
+            yield self._engine
+        except ValueError:  # as of PyTorch's distributions
+            self._engine.end()
+            self._check_finite({})  # which says where it comes from, if it is that
+            raise
         means = self._engine.end()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, value in means.items():
