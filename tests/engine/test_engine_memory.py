@@ -1,0 +1,539 @@
+"""A replay in memory that serves again gives what it gives with memory for each result, again and again."""
+
+import random
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch as th
+import torch.nn.functional as F
+from owners import numbers, random_state, seed_everything
+from torch import nn
+
+from sb3_ac_ext.engine.memory import bytes_used, plan
+from sb3_ac_ext.engine.recording import Replay
+from sb3_ac_ext.engine.rewrites import Call, rewritten
+from sb3_ac_ext.engine.tape import Tape, memory, tensors
+
+State = dict[str, th.Tensor]
+SHAPES = {"x": (4, 6), "y": (4, 6), "w": (6, 6), "b": (6,), "p": (4, 6), "q": (2, 4, 3)}
+
+
+def fresh(seed: int) -> State:
+    return {name: numbers(100 * seed + i, *shape) for i, (name, shape) in enumerate(SHAPES.items())}
+
+
+class Program:
+    """
+    Operations drawn at random, the same ones at each call.
+
+    :param seed: of the draws
+    :param call: how functions are called that are not looked into
+    """
+
+    def __init__(self, seed: int, call: Callable[[Callable[[], None]], None]) -> None:
+        self.seed, self.call = seed, call
+        self.held: list[th.Tensor] = []
+
+    def __call__(self, state: State) -> State:
+        self.draw, self.state = random.Random(self.seed), state
+        self.pool = [*state.values()]
+        self.held.clear()
+        for _ in range(self.draw.randint(3, 30)):
+            made = self.draw.choice(self.STEPS)(self)
+            self.pool += [value for value in tensors(made) if value.numel()]
+        chosen = self.draw.sample(self.pool, min(len(self.pool), self.draw.randint(1, 5)))
+        return {str(i): value for i, value in enumerate(chosen)}
+
+    def any(self) -> th.Tensor:
+        """Likely one that was made a moment ago."""
+        if self.draw.random() < 0.6:
+            return self.draw.choice(self.pool[-4:])
+        return self.draw.choice(self.pool)
+
+    def matrix(self, rows: int | None = None) -> th.Tensor:
+        """``(rows, 6)``"""
+        fitting = [
+            x for x in self.pool if x.dim() == 2 and x.shape[1] == 6 and rows in (None, len(x)) and x.dtype is th.float32
+        ]
+        return self.draw.choice(fitting[-5:])
+
+    def writable(self) -> th.Tensor:
+        return self.draw.choice(
+            [x for x in self.pool if all(step or n == 1 for n, step in zip(x.shape, x.stride(), strict=True))][-8:]
+        )
+
+    def unary(self) -> Any:
+        functions = [
+            th.tanh,
+            th.sigmoid,
+            th.relu,
+            th.neg,
+            th.abs,
+            th.sin,
+            th.square,
+            F.softplus,
+            F.elu,
+            F.gelu,
+            th.clone,
+            th.atan,
+        ]
+        numbers_with = [
+            lambda x: x * 0.5,
+            lambda x: 1 - x,
+            lambda x: x.clamp(-1, 1),
+            lambda x: x + 1,
+            lambda x: x / 2,
+            th.zeros_like,
+        ]
+        return self.draw.choice(functions + numbers_with)(self.any().float())
+
+    def binary(self) -> Any:
+        x = self.matrix()
+        y = self.matrix(len(x))
+        function = self.draw.choice(
+            [th.add, th.mul, th.sub, th.maximum, th.minimum, th.atan2, lambda a, b: th.where(a > b, a, b)]
+        )
+        return function(x, y)
+
+    def broadcast(self) -> Any:
+        x, row = self.matrix(), self.matrix()[0]
+        return self.draw.choice(
+            [x + row, x * x[:, :1], row.expand(3, 6) - 1, x - row.mean(), x + self.state["b"], row.unsqueeze(0) * x]
+        )
+
+    def product(self) -> Any:
+        x = self.matrix()
+        weight = self.draw.choice(
+            [
+                self.state["w"],
+                self.state["w"].t(),
+                self.matrix(6)
+                if self.draw.random() < 0.5 and any(len(y) == 6 and y.dim() == 2 for y in self.pool)
+                else self.state["w"],
+            ]
+        )
+        return self.draw.choice(
+            [lambda: (x @ weight).tanh(), lambda: F.linear(x, weight, self.state["b"]), lambda: th.mm(x, weight)]
+        )()
+
+    def view(self) -> Any:
+        x = self.any()
+        if x.dim() == 0:
+            return x.expand(2)
+        ways = [
+            x.t() if x.dim() == 2 else x,
+            x[: max(len(x) - 1, 1)],
+            x[len(x) // 2 :],
+            x.unsqueeze(0),
+            x.flatten(),
+            x.chunk(2),
+            x[::2],
+        ]
+        return self.draw.choice(ways)
+
+    def copied(self) -> Any:
+        x = self.matrix()
+        return self.draw.choice(
+            [
+                lambda: x.t().contiguous(),
+                lambda: th.cat([x, self.matrix()]),
+                lambda: th.stack([x, self.matrix(len(x))]).sum(0),
+                lambda: x.double().float() + 1,
+                lambda: x.clone(),
+                lambda: x.repeat(2, 1),
+                lambda: F.pad(x, (0, 1))[:, 1:],
+                lambda: x.flip(0),
+            ]
+        )()
+
+    def reduced(self) -> Any:
+        x = self.matrix()
+        return self.draw.choice(
+            [x.sum(), x.mean(dim=0), x.sum(dim=1, keepdim=True), x.softmax(1), x.max(dim=1), x.sort(dim=0), x.std()]
+        )
+
+    def in_place(self) -> None:
+        x = self.writable()
+        if not x.is_floating_point():
+            return
+        self.draw.choice(
+            [
+                lambda: x.mul_(0.5),
+                lambda: x.add_(1),
+                lambda: x.tanh_(),
+                lambda: x.relu_(),
+                lambda: x.zero_(),
+                lambda: x.fill_(0.25),
+                lambda: x.copy_(x * 2),
+                lambda: x.clamp_(-1, 1),
+                lambda: x.sub_(x.mean()),
+            ]
+        )()
+
+    def written(self) -> None:
+        """One tensor to another, wholly or in part."""
+        x = self.matrix()
+        if any(not step and n > 1 for n, step in zip(x.shape, x.stride(), strict=True)):
+            return
+        y = self.draw.choice([x, self.matrix(len(x))])
+        source = self.draw.choice([lambda: y + 1, lambda: y, lambda: y.tanh()])()
+        way = self.draw.randint(0, 4)
+        if way == 0:
+            x.copy_(source.clone())
+        elif way == 1:
+            x[0] = source[-1].clone()
+        elif way == 2:
+            x[:, 1:3] = source[:, 2:4].clone()
+        elif way == 3:
+            x.add_(source.clone(), alpha=0.5)
+        else:
+            x.copy_(source if memory(source) != memory(x) else source.clone())
+
+    def filled_by_parts(self) -> Any:
+        made = th.empty(4, 6)
+        made[:2] = self.matrix()[0]
+        if self.draw.random() < 0.5:
+            made[2:].fill_(1.5)
+        else:
+            made[2:] = self.matrix()[-1] * 2
+        return made
+
+    def random(self) -> Any:
+        x = self.matrix()
+        return self.draw.choice(
+            [lambda: th.randn_like(x), lambda: F.dropout(x, 0.3), lambda: x + th.rand(6), lambda: th.empty(2, 6).normal_()]
+        )()
+
+    def outside(self) -> None:
+        name, other = self.draw.choice("xyp"), self.draw.choice("xyp")
+        state = self.state
+
+        def change() -> None:
+            state[name].mul_(0.5).add_(state[other].sum() / 100)
+
+        self.call(change)
+
+    def target(self) -> None:
+        """As gradients and moments."""
+        x = self.matrix(4)
+        self.draw.choice(
+            [lambda: self.state["p"].copy_(x), lambda: self.state["p"].lerp_(x, 0.3), lambda: self.state["p"].add_(x)]
+        )()
+
+    def hold(self) -> None:
+        self.held.append(self.any())
+
+    def learned(self) -> Any:
+        w = self.state["w"].detach().requires_grad_()
+        x = self.matrix().detach().clone()
+        loss = (F.layer_norm(th.tanh(x @ w), (6,)) @ w).square().mean()
+        return th.autograd.grad(loss, w)
+
+    STEPS: ClassVar[list[Callable[["Program"], Any]]] = [
+        *(
+            unary,
+            unary,
+            unary,
+            binary,
+            binary,
+            broadcast,
+            product,
+            product,
+            view,
+            view,
+            copied,
+            copied,
+            reduced,
+            in_place,
+            in_place,
+        ),
+        *(written, written, filled_by_parts, random, outside, target, hold, learned),
+    ]
+
+
+def same(x: th.Tensor, y: th.Tensor) -> bool:
+    return x.dtype is y.dtype and x.shape == y.shape and th.equal(x.nan_to_num(), y.nan_to_num())
+
+
+def compare(seed: int) -> tuple[int, int]:
+    """
+    Replay a program several times beside itself.
+
+    :return: bytes that it uses, and would use without a plan
+    """
+    ours, theirs = fresh(seed), fresh(seed)
+    tape = Tape(ours.values())
+    mine, plain = Program(seed, tape.call), Program(seed, lambda function: function())
+    seed_everything(seed)
+    with tape.recording():
+        outputs = {name: value.detach() for name, value in mine(ours).items()}
+    replay = Replay(tape, outputs, rounding=False)
+    for step in range(4):
+        for name, value in fresh(1000 + 10 * seed + step).items():
+            ours[name].copy_(value)
+            theirs[name].copy_(value)
+        seed_everything(step)
+        replay()
+        after = random_state()
+        seed_everything(step)
+        expected = plain(theirs)
+        assert random_state() == after, f"program {seed}, replay {step}: random numbers"
+        for found, wanted in ((outputs, expected), (ours, theirs)):
+            for name, value in found.items():
+                assert same(value, wanted[name].detach()), f"program {seed}, replay {step}: {name}"
+        for i, (value, held) in enumerate(zip(mine.held, plain.held, strict=True)):
+            assert same(value, held), f"program {seed}, replay {step}: the held tensor {i}"
+    kept = {*map(memory, ours.values())}
+    return replay.bytes, bytes_used(rewritten(tape.operations, rounding=False), kept)
+
+
+@pytest.mark.parametrize("first", range(0, 300, 20))
+def test_programs_drawn_at_random(first: int) -> None:
+    used = [compare(seed) for seed in range(first, first + 20)]
+    assert sum(planned for planned, _ in used) < sum(plain for _, plain in used)
+
+
+# What is saved
+
+
+def bytes_of(net: nn.Module, x: th.Tensor) -> tuple[int, int, int]:
+    """Of an update's replay, without a plan, and of the largest result."""
+    parameters = list(net.parameters())
+    tape = Tape([x, *parameters, *net.buffers()])
+    with tape.recording():
+        loss = net(x).square().mean()
+        gradients = th.autograd.grad(loss, parameters)
+        with th.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.sub_(gradient, alpha=1e-3)
+        del gradients
+    replay = Replay(tape, {"loss": loss.detach()})
+    calls = rewritten(tape.operations)
+    largest = max(t.untyped_storage().nbytes() for call in calls for t in call.written)
+    return replay.bytes, bytes_used(calls, tape.external), largest
+
+
+def test_a_deep_network_takes_less() -> None:
+    """What the backward pass reads is kept; all else serves again."""
+    net = nn.Sequential(*(layer for _ in range(12) for layer in (nn.Linear(64, 64), nn.ReLU())), nn.Linear(64, 1))
+    planned, plain, _ = bytes_of(net, numbers(0, 256, 64))
+    activations = 12 * 256 * 64 * 4
+    assert planned < 0.5 * plain
+    assert planned < 1.5 * activations
+
+
+def test_a_convolution_takes_less() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 4, 2),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3),
+        nn.Flatten(),
+        nn.LazyLinear(1),
+    )
+    x = numbers(0, 16, 3, 32, 32)
+    net(x)
+    planned, plain, _ = bytes_of(net, x)
+    assert planned < 0.75 * plain
+
+
+def test_a_chain_takes_no_more_than_its_largest_pair() -> None:
+    """Elementwise operations write over what is read for the last time."""
+    x = numbers(0, 1000)
+    tape = Tape([x])
+    with tape.recording():
+        y = x
+        for _ in range(20):
+            y = (y * 0.5 + 1).tanh().abs()
+    assert Replay(tape, {"y": y}).bytes <= 2 * 4000
+
+
+def test_what_nobody_reads_is_not_done() -> None:
+    x = numbers(0, 5)
+    tape = Tape([x])
+    with tape.recording():
+        x.exp().sum()
+        y = x * 2
+        (y + 1).tanh()
+    assert len(Replay(tape, {"y": y})) == 1
+
+
+def test_running_statistics_are_read_by_nobody_but_kept() -> None:
+    """The result of the normalisation is for nobody; what it writes besides is."""
+    net, x = nn.BatchNorm1d(3), numbers(0, 8, 3)
+    tape = Tape([x, *net.parameters(), *net.buffers()])
+    with tape.recording():
+        net(x)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    Replay(tape, {})()
+    for name, value in before.items():
+        changed = name in ("running_mean", "running_var", "num_batches_tracked")
+        assert th.equal(net.state_dict()[name], value) is not changed, name
+
+
+def test_random_numbers_for_nobody_are_drawn() -> None:
+    x = numbers(0, 3)
+    tape = Tape([x])
+
+    def function() -> th.Tensor:
+        th.randn(5)
+        th.empty(3).normal_()
+        F.dropout(x, 0.5)
+        return x + th.rand(3)
+
+    with tape.recording():
+        result = function()
+    replay = Replay(tape, {"result": result})
+    th.manual_seed(1)
+    replay()
+    th.manual_seed(1)
+    assert th.equal(result, function())
+
+
+# What is left alone
+
+
+@pytest.mark.parametrize("kind", ["input", "output", "view of an output", "constant", "held", "parameter"])
+def test_memory_that_is_never_written_over(kind: str) -> None:
+    """By an elementwise operation that reads it for the last time, or by whatever comes later."""
+    x, held = numbers(0, 4, 6), []
+    parameter = nn.Parameter(numbers(1, 4, 6))
+    tape = Tape([x, parameter])
+    outputs: State = {}
+    with tape.recording(), th.no_grad():
+        first = x * 2
+        if kind == "input":
+            last = x.tanh()
+        elif kind == "parameter":
+            last = parameter.tanh()
+        elif kind == "constant":
+            last = th.full((4, 6), 0.5).tanh() + th.tensor(2.0).expand(4, 6).tanh()
+        else:
+            last = first.tanh()
+            if kind == "output":
+                outputs["first"] = first
+            elif kind == "view of an output":
+                outputs["first"] = first[1:, ::2]
+            else:
+                held.append(first)
+        for _ in range(6):
+            last = (last + 1).sin() * x.mean()
+        outputs["last"] = last
+    replay = Replay(tape, outputs)
+    values = numbers(2, 4, 6)
+    for _ in range(3):
+        x.copy_(values)
+        replay()
+        assert th.equal(x, values) and th.equal(parameter, numbers(1, 4, 6))
+        for one in [*outputs.values(), *held]:
+            if one is not last:
+                assert th.equal(one, (values * 2)[1:, ::2] if kind == "view of an output" else values * 2)
+
+
+@pytest.mark.parametrize("place", ["before", "after", "both"])
+def test_calls_are_barriers(place: str) -> None:
+    """A result that is copied to where a call reads it is there by then, and not sooner than the call before has read."""
+    x, gradient, seen = numbers(0, 4), th.zeros(4), []
+    tape = Tape([x, gradient])
+
+    def step() -> None:
+        seen.append(gradient.clone())
+
+    with tape.recording():
+        if place != "after":
+            tape.call(step)
+        made = x.exp()
+        other = x * 3
+        if place == "both":
+            tape.call(step)
+        gradient.copy_(made)
+        if place != "before":
+            tape.call(step)
+        gradient.copy_(other)
+        if place == "after":
+            tape.call(step)
+    replay = Replay(tape, {})
+    for i in range(3):
+        x.copy_(numbers(i, 4))
+        gradient.fill_(7.0)
+        seen.clear()
+        replay()
+        full, exp, triple = th.full((4,), 7.0), numbers(i, 4).exp(), numbers(i, 4) * 3
+        expected = {"before": [full], "after": [exp, triple], "both": [full, full, exp]}[place]
+        assert len(seen) == len(expected)
+        assert all(map(th.equal, seen, expected))
+        assert th.equal(gradient, triple)
+
+
+def test_arguments_that_overlap_are_not_written_over() -> None:
+    """An elementwise operation on two views of one memory, of the same shape and not."""
+    x = numbers(0, 6, 6)
+    tape = Tape([x])
+    with tape.recording():
+        first = x * 2
+        a = first + first.t()
+        second = x * 3
+        b = second + second
+        third = x * 4
+        c = third[:, 0] + third[0]
+        fourth = x * 5
+        d = fourth * fourth[:1]
+    replay = Replay(tape, {"a": a, "b": b, "c": c, "d": d})
+    for i in range(3):
+        x.copy_(numbers(i, 6, 6))
+        replay()
+        assert th.equal(a, x * 2 + (x * 2).t()) and th.equal(b, x * 3 + x * 3)
+        assert th.equal(c, (x * 4)[:, 0] + (x * 4)[0]) and th.equal(d, (x * 5) * (x * 5)[:1])
+
+
+def test_results_that_are_filled_by_parts_start_anew() -> None:
+    """Their memory is not shared: its first write is not of all of it."""
+    x = numbers(0, 2, 3)
+    tape = Tape([x])
+    with tape.recording():
+        for _ in range(3):
+            noise = (x * 1000).exp()  # memory that could serve again
+            del noise
+        part = th.zeros(4, 3)
+        part[1:3] = x
+        total = part.sum(dim=0)
+    replay = Replay(tape, {"total": total, "part": part})
+    for i in range(3):
+        x.copy_(numbers(i, 2, 3))
+        part.fill_(9)  # as an earlier replay might have left it
+        replay()
+        assert th.equal(part, F.pad(x, (0, 0, 1, 1))) and th.equal(total, part.sum(dim=0))
+
+
+def test_a_plan_keeps_every_call_that_writes_to_what_is_kept() -> None:
+    x, y = numbers(0, 4), numbers(1, 4)
+    calls = [
+        Call(th.mul, (x, 2), {"out": th.empty(4)}),
+        Call(th.Tensor.add_, (y, x), {}),
+        Call(th.mul, (x, 3), {"out": y}, (y,), elementwise=True),
+    ]
+    kept = {memory(x), memory(y)}
+    assert [call.function for call in plan(calls, kept)] == [th.mul, th.Tensor.add_, th.mul]
+    assert plan([], kept) == []
+
+
+@pytest.mark.parametrize("dtype", [th.float64, th.float16, th.int32, th.bool])
+def test_memory_of_one_type_serves_another(dtype: th.dtype) -> None:
+    x = numbers(0, 16, 16)
+    tape = Tape([x])
+    with tape.recording():
+        result = th.zeros(16, 16)
+        for _ in range(4):
+            y = (x * 2 + result).to(dtype)
+            result = y.float() * 0.5
+            result = result + 1
+    replay = Replay(tape, {"result": result})
+    for i in range(3):
+        x.copy_(numbers(i, 16, 16))
+        expected = th.zeros(16, 16)
+        for _ in range(4):
+            expected = (x * 2 + expected).to(dtype).float() * 0.5 + 1
+        replay()
+        assert th.equal(result, expected)
