@@ -23,6 +23,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.td3.policies import TD3Policy
 
+from sb3_ac_ext.base.arguments import check_float_actions
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
 from sb3_ac_ext.base.typing import OffPolicyKwargs
 from sb3_ac_ext.buffers.replay import Transitions
@@ -122,6 +123,7 @@ class TD3X(OffPolicyMixin, TD3):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
+        check_float_actions(self.action_space)
         check_number("policy_delay", self.policy_delay, low=1, integer=True)
         check_number("target_policy_noise", self.target_policy_noise, low=0)
         check_number("target_noise_clip", self.target_noise_clip, low=0)

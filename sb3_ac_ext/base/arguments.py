@@ -97,6 +97,14 @@ def check_bounded_actions(space: spaces.Space[Any]) -> None:
             raise UnsupportedError(f"action_space must have finite bounds with low < high in every dimension, got {space}")
 
 
+def check_float_actions(space: spaces.Space[Any]) -> None:
+    """
+    :raises UnsupportedError: if actions are integers, which a deterministic policy gradient cannot do with
+    """
+    if isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.floating):
+        raise UnsupportedError(f"action_space must be a Box of floats, got {space}")
+
+
 def _check_train_freq(model: Any) -> None:
     if isinstance(model.train_freq, list):  # as YAML has it; SB3 wants tuples
         model.train_freq = tuple(model.train_freq)

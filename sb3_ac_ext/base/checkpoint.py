@@ -20,7 +20,10 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import nn
 
 from sb3_ac_ext.base.typing import constructor_keys
-from sb3_ac_ext.validation import check_keys
+from sb3_ac_ext.validation import ArgumentTypeError, UnsupportedError, check_keys
+
+LIBRARIES = (__name__.partition(".")[0], "stable_baselines3", "sb3_contrib")
+"""Whose policies are made for certain algorithms."""
 
 RandomState = dict[str, Any]
 changed_by_load: ContextVar[frozenset[str]] = ContextVar("changed_by_load", default=frozenset())
@@ -88,7 +91,12 @@ def split_optimizer_state(state: dict[str, Any], shares: Sequence[Sequence[int]]
     :param shares: the numbers of its parameters that each takes, in the order in which it takes them
     :return: a state for each
     :raises ValueError: if not each of its parameters is taken once
+    :raises UnsupportedError: if it has several parameter groups, of which nobody knows what is in them
     """
+    if len(state["param_groups"]) > 1:
+        raise UnsupportedError(
+            f"the optimizer must have one parameter group to be shared out, got {len(state['param_groups'])}"
+        )
     (group,) = state["param_groups"]
     taken = sorted(number for share in shares for number in share)
     if taken != list(range(len(group["params"]))):
@@ -143,6 +151,22 @@ class CheckpointMixin(BaseAlgorithm):
     """The SB3 algorithm whose zips load; its policy classes stand for ours of the same alias."""
     _random_state: RandomState | None = None
     """States of a loaded checkpoint that training has not taken up yet."""
+
+    def _check_policy_class(self) -> None:
+        """
+        Files do not say whose they are, but their policies do.
+
+        :raises ArgumentTypeError: if the policy was made for another algorithm
+        """
+        cls = type(self)
+        ours = [*cls.policy_aliases.values(), *cls.sb3_class.policy_aliases.values()]
+        made = next((base for base in self.policy_class.__mro__ if _is_made_for_algorithms(base)), None)
+        if made is not None and not any(issubclass(policy, made) for policy in ours):
+            names = ", ".join(sorted(one.__name__ for one in _known_algorithms() if made in one.policy_aliases.values()))
+            raise ArgumentTypeError(
+                f"policy must be one for {cls.__name__}, and a file is loaded by the class that saved it: "
+                f"got {made.__module__}.{made.__qualname__}, which is for {names or 'another algorithm'}"
+            )
 
     def _setup_model(self) -> None:
         self.policy_class = self._translated_policy_class(self.policy_class)
@@ -249,3 +273,16 @@ class CheckpointMixin(BaseAlgorithm):
         if "seed" in kwargs:
             model._random_state = None
         return model
+
+
+def _is_made_for_algorithms(policy_class: type) -> bool:
+    """Whether it is from this package or SB3, and no common piece."""
+    root, _, room = policy_class.__module__.partition(".")
+    return root in LIBRARIES and room.partition(".")[0] != "networks"
+
+
+def _known_algorithms(cls: type[CheckpointMixin] = CheckpointMixin) -> set[type[BaseAlgorithm]]:
+    found: set[type[BaseAlgorithm]] = set()
+    for one in cls.__subclasses__():
+        found |= {one, getattr(one, "sb3_class", one), *_known_algorithms(one)}
+    return found

@@ -70,6 +70,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         self.engine = engine
 
     def _setup_model(self) -> None:
+        self._check_policy_class()
         self._check_arguments()
         if self._buffer_is_automatic():
             self.replay_buffer_class = None

@@ -22,6 +22,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.td3.policies import TD3Policy
 
+from sb3_ac_ext.base.arguments import check_float_actions
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
 from sb3_ac_ext.base.typing import OffPolicyKwargs
 from sb3_ac_ext.buffers.replay import Transitions
@@ -29,7 +30,7 @@ from sb3_ac_ext.ddpgx.parameter_noise import ParameterNoise, PerturbedActors, ac
 from sb3_ac_ext.ddpgx.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.losses import squared_error, td_errors, td_target
-from sb3_ac_ext.validation import check_number
+from sb3_ac_ext.validation import ArgumentError, check_number
 
 
 class DDPGX(OffPolicyMixin, DDPG):
@@ -140,11 +141,17 @@ class DDPGX(OffPolicyMixin, DDPG):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
+        check_float_actions(self.action_space)
+        if self.policy_delay != 1 or self.target_noise_clip:
+            raise ArgumentError(
+                "DDPG has policy_delay=1 and target_noise_clip=0, TD3X loads files of TD3: got "
+                f"policy_delay={self.policy_delay}, target_noise_clip={self.target_noise_clip}"
+            )
         check_number("critic_weight_decay", self.critic_weight_decay, low=0)
         if self.parameter_noise is not None:
             ParameterNoise.parse(self.parameter_noise)
         if self.policy_kwargs.get("batch_norm") and self.batch_size == 1:
-            raise ValueError("batch_size must be an integer >= 2 with batch_norm=True, got 1")
+            raise ArgumentError("batch_size must be an integer >= 2 with batch_norm=True, got 1")
 
     def _networks(self) -> Mapping[str, Network]:
         critic, actor = self.critic, self.actor

@@ -4,6 +4,7 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
+from sb3_ac_ext.base.arguments import check_float_actions
 from sb3_ac_ext.envs.joint_spaces import JointBox
 from sb3_ac_ext.maddpg.buffer import JointReplayBuffer
 from sb3_ac_ext.maddpg.policies import MlpPolicy
@@ -19,6 +20,7 @@ def check_maddpg_arguments(model: Any) -> None:
     """
     if not (isinstance(model.policy_class, type) and issubclass(model.policy_class, MlpPolicy)):
         raise ArgumentTypeError(f"policy must be derived from {MlpPolicy.__module__}.MlpPolicy, got {model.policy_class}")
+    check_float_actions(model.action_space)
     check_switch("centralised", model.centralised)
     check_number("policy_delay", model.policy_delay, low=1, integer=True)
     for name in ("target_policy_noise", "target_noise_clip", "logit_penalty"):
