@@ -346,10 +346,12 @@ class Engine(Closed):
 
     def parameter_norms(self) -> dict[str, float]:
         """
-        :return: 2-norms of the networks' parameters, by their names
+        :return: 2-norms of the networks' parameters, by their names; nothing if all of them are finite
         """
-        norms = {name: steps_of_networks.parameter_norm(network) for name, network in self.networks.items()}
-        return dict(zip(norms, th.stack([*norms.values()]).tolist(), strict=True)) if norms else {}
+        parameters = [parameter.detach() for network in self.networks.values() for parameter in network.parameters]
+        if not parameters or th.stack(th._foreach_norm(parameters)).sum().isfinite():
+            return {}
+        return {name: float(steps_of_networks.parameter_norm(network)) for name, network in self.networks.items()}
 
     def report(self) -> dict[str, str]:
         """
@@ -496,8 +498,7 @@ class Engine(Closed):
             for tensor in self._state(networks):
                 if memory(tensor) not in old:  # the state of an optimizer before its first step, or a new sum
                     tensor.zero_()
-            kind.recording.replay()
-            if not self._agrees(kind, expected, before.tensors):
+            if not self._again(kind) or not self._agrees(kind, expected, before.tensors):
                 self._put_back(before, known)
         else:
             kind.recording.replay()  # capturing does not execute
@@ -532,16 +533,14 @@ class Engine(Closed):
                 if self.device.type == "cuda":
                     graph = Graph(lambda: run(inputs.batch, *options))
                     replay: Replay | Graph = graph
-                    outputs, checks = graph.outputs, None
+                    outputs = graph.outputs
                     if tape.operations:
                         raise RefusedError("an optimizer that is not Adam")
                 else:
                     with tape.recording():
                         outputs = run(inputs.batch, *options)
-                        checks = th.stack(tape.checks).all() if tape.checks else None
-                    lasting = outputs if checks is None else {**outputs, "": checks}
                     outputs = {name: value.detach() for name, value in outputs.items()}
-                    replay = Replay(tape, lasting, self._rounding and bool(networks))
+                    replay = Replay(tape, outputs, self._rounding and bool(networks))
         finally:
             if networks:
                 self._tape = None
@@ -553,7 +552,7 @@ class Engine(Closed):
         gradients = [(p, p.grad) for network in self._used.values() for p in network.parameters]
         used = {memory(tensor) for operation in tape.operations for tensor in tensors(operation[1:])}
         guard = Guard(self._owner, reads, self._used, None if isinstance(replay, Graph) else used)
-        return Recording(replay, inputs, outputs, checks, gradients, attributes), guard
+        return Recording(replay, inputs, outputs, gradients, attributes), guard
 
     def _verify(
         self,
@@ -572,11 +571,24 @@ class Engine(Closed):
         parts = [*outputs.values()], gradients, before.tensors
         expected = [[tensor.detach().clone() for tensor in part] for part in parts]
         before.restore(keep_adam=True)
-        recording.run(_filled(batch))
-        if self._agrees(kind, expected, before.tensors):
+        recording.inputs.fill(_filled(batch))
+        if self._again(kind) and self._agrees(kind, expected, before.tensors):
             kind.verified = True
         else:
             before.restore(keep_adam=True)
+
+    @staticmethod
+    def _again(kind: _Kind) -> bool:
+        """Replay; without success the recording is forgotten."""
+        assert kind.recording is not None
+        try:
+            done = kind.recording.again()
+        except Exception as error:  # an operation that does something else without gradients
+            kind.forget(f"a {type(error).__name__} in a replay", LONGEST_WAIT)
+            return False
+        if not done:
+            kind.forget("PyTorch's distributions refuse what they are given", 0)
+        return done
 
     def _function(self, function: Function, trains: bool) -> Callable[..., Values]:
         """The function, with what is logged of it if it trains networks."""
@@ -592,9 +604,6 @@ class Engine(Closed):
     def _agrees(self, kind: _Kind, expected: Sequence[Sequence[th.Tensor]], state: Sequence[th.Tensor]) -> bool:
         """Whether a replay came to what the function did; without that it is forgotten."""
         assert kind.recording is not None
-        if not kind.recording.passed():
-            kind.forget("PyTorch's distributions refuse what they are given", 0)
-            return False
         apart = max(map(difference, self._results(kind.recording, state), expected))
         if apart > TOLERANCE:
             kind.forget(f"a replay differs from the function by {apart:.1e} of a result's norm", LONGEST_WAIT)

@@ -56,6 +56,10 @@ GLOBAL_HOOKS: tuple[Mapping[Any, Any], ...] = (
     torch_optimizer._global_optimizer_post_hooks,
 )
 """Hooks of all modules and optimizers of the process."""
+CHANGEABLE = (list, dict, set, np.ndarray, th.Tensor)
+"""Values of which more than the identity is looked at."""
+Content = tuple[Mapping[str, Any], str, Any]
+"""A dict of attributes, the name of one, and what it was."""
 MISSING: Any = object()
 """What is noted of an attribute that is not there."""
 Read = Callable[[str, Any], None]
@@ -208,15 +212,20 @@ class Guard:
         self._values = [(name, value, _snapshot(value)) for name, value in reads.items() if not _is_method_of(owner, value)]
         roots = [*reads.values(), *(m for network in networks.values() for m in (network.module, network.target))]
         roots = [root for root in roots if isinstance(root, nn.Module)]
+        self._contents: list[Content] = []
         self._look_at_modules(modules_in(roots) if used is None else _used_modules(roots, used))
         self._look_at_objects([found for _, value, _ in self._values for found in objects_in(value)])
         self._look_at_networks()
         tensors_of_values = [tensor for _, value, _ in self._values for tensor in tensors(value)]
         tensors_of_values += [value for _, _, value in self._contents if isinstance(value, th.Tensor)]
+        plain = [content for content in self._contents if _compares_plainly(content[2])]
+        self._plain = [(place, name) for place, name, _ in plain]
+        self._plain_snapshots = [snapshot for _, _, snapshot in plain]
+        self._contents = [content for content in self._contents if not _compares_plainly(content[2])]
         held = [*self._tensors, *self._trained, *self._states, *tensors_of_values]
         self._memory = [tensor for tensor in held if isinstance(tensor, th.Tensor)]
         self._addresses = [tensor.data_ptr() for tensor in self._memory]
-        owners = [owner, *self._modules, *(network.optimizer for network in networks.values())]
+        owners = [owner, *self._modules, *self._helpers, *(network.optimizer for network in networks.values())]
         self._replaced = [name for one in owners for name in _replaced_methods(one)]
 
     def _look_at_modules(self, modules: list[nn.Module]) -> None:
@@ -224,7 +233,8 @@ class Guard:
         kinds: list[Any] = list(dict.fromkeys(self._types))
         self._forwards = [(kind, kind.forward) for kind in kinds]
         self._hooks = [getattr(module, name) for module in modules for name in MODULE_HOOKS]
-        helpers = [helper for module in modules for helper in helpers_of(module)]
+        self._helpers = [helper for module in modules for helper in helpers_of(module)]
+        self._attributes = [len(vars(helper)) for helper in self._helpers]
         places = [vars(module) for module in modules] + [module._modules for module in modules]
         tensors_of_modules = [module._parameters for module in modules] + [module._buffers for module in modules]
         self._named_tensors = [place for place in tensors_of_modules if place]  # compared by identity
@@ -232,14 +242,12 @@ class Guard:
         classes = dict.fromkeys(base for kind in self._types for base in kind.__mro__ if _is_of_users(base))
         self._live: list[Mapping[str, Any]] = [*places, *(p for p in tensors_of_modules if not p), *map(vars, classes)]
         self._copies = [dict(place) for place in self._live]
-        self._contents: list[tuple[Mapping[str, Any], str, Any]] = [
-            (place, name, _snapshot(value))
-            for place in map(vars, modules)
-            for name, value in place.items()
-            if name not in OF_MODULES and isinstance(value, (list, dict, np.ndarray))
-        ]
-        self._contents += [(vars(h), name, value) for h in helpers for name, value in vars(h).items() if _is_number(value)]
-        self._contents += [(p, name, value) for p in places for name, value in p.items() if isinstance(value, th.Tensor)]
+        for module in modules:
+            place = vars(module)
+            own = ((name, value) for name, value in place.items() if name not in OF_MODULES)
+            self._contents += [(place, name, _snapshot(value)) for name, value in own if isinstance(value, CHANGEABLE)]
+        for helper in self._helpers:
+            self._contents += [(vars(helper), name, value) for name, value in vars(helper).items() if _is_number(value)]
 
     def _look_at_objects(self, objects: list[Any]) -> None:
         for place in map(vars, objects):
@@ -300,6 +308,8 @@ class Guard:
             return "a class"
         if any(self._hooks) or any(GLOBAL_HOOKS):
             return "a hook"
+        if [len(vars(helper)) for helper in self._helpers] != self._attributes:
+            return "a method of what a module computes with"
         if self._live != self._copies or any(kind.forward is not function for kind, function in self._forwards):
             return "a module"
         if not _same(self._current_tensors(), self._tensors):
@@ -315,6 +325,8 @@ class Guard:
             now = getattr(self.owner, name, MISSING)
             if not (now is value or _equal(now, value)) or (snapshot is not value and not _equal(now, snapshot)):
                 return name
+        if [place[name] for place, name in self._plain] != self._plain_snapshots:
+            return "what an attribute contains"
         for place, name, snapshot in self._contents:
             if place[name] is not snapshot and not _equal(place[name], snapshot):
                 return name
@@ -350,6 +362,15 @@ def _is_of_users(kind: type) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, str, bool, type(None)))
+
+
+def _compares_plainly(value: Any) -> bool:
+    """Whether ``==`` says whether a value is the same: not of tensors and arrays, or of what they are in."""
+    if isinstance(value, dict):
+        return all(map(_compares_plainly, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_compares_plainly, value))
+    return not isinstance(value, (th.Tensor, np.ndarray))
 
 
 def _has_hook(tensor: Any) -> bool:

@@ -110,7 +110,9 @@ def _forward_copies(
         if call.function is th.Tensor.copy_ and len(call.args) == 2:
             place, source = call.args
             block = blocks.get(memory(source))
-            if block is not None and block.whole and block.last == i and memory(source) not in homes and _fits(place, source):
+            free = block is not None and block.whole and block.last == i and memory(source) not in homes
+            lasting = memory(place) not in blocks  # what is the replay's own may be moved later
+            if block is not None and free and lasting and _fits(place, source):
                 start, end = _span(place)
                 others = [j for j, low, high in uses[memory(place)] if low < end and start < high and j != i]
                 if not any(block.first <= j < i for j in (*others, *barriers)):

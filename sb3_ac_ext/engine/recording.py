@@ -12,7 +12,7 @@ from torch import nn
 from sb3_ac_ext.engine import memory
 from sb3_ac_ext.engine.network import is_adam
 from sb3_ac_ext.engine.rewrites import rewritten
-from sb3_ac_ext.engine.tape import RefusedError, Tape
+from sb3_ac_ext.engine.tape import RefusedError, Tape, UnmetError
 
 Values = dict[str, th.Tensor]
 TOLERANCE = 1e-4
@@ -82,7 +82,7 @@ class Replay:
     """
 
     def __init__(self, tape: Tape, outputs: Values, rounding: bool = True) -> None:
-        kept = {*tape.external, *tape.escaped(), *memory.storages([*outputs.values(), *tape.checks])}
+        kept = {*tape.external, *tape.escaped(), *memory.storages([*outputs.values()])}
         calls = memory.plan(rewritten(tape.operations, rounding), kept)
         self.bytes = memory.bytes_used(calls, tape.external)
         self.external = [*tape.external.values()]
@@ -128,7 +128,6 @@ class Recording:
     :param replay: that does it again
     :param inputs: that it reads
     :param outputs: that it writes, by their names
-    :param checks: ``()`` boolean that must be true after a replay
     :param gradients: parameters of the networks that the function trains, and where their gradients are, or None
     :param attributes: tensors that it has put into objects: where, under which name, and the tensor
     """
@@ -138,11 +137,10 @@ class Recording:
         replay: Replay | Graph,
         inputs: Inputs,
         outputs: Values,
-        checks: th.Tensor | None,
         gradients: Sequence[tuple[nn.Parameter, th.Tensor | None]],
         attributes: Sequence[tuple[dict[str, Any], str, th.Tensor]] = (),
     ) -> None:
-        self.replay, self.inputs, self.checks = replay, inputs, checks
+        self.replay, self.inputs = replay, inputs
         self.outputs, self.gradients, self._attributes = outputs, gradients, attributes
         self._arrays = {name: _array(value) for name, value in outputs.items()}
         self.lock = threading.Lock()
@@ -153,12 +151,17 @@ class Recording:
         :return: whether everything that was asked for on the way was true
         """
         self.inputs.fill(values)
-        self.replay()
-        return self.passed()
+        return self.again()
 
-    def passed(self) -> bool:
-        """Whether everything that the last replay asked for on the way was true."""
-        return self.checks is None or bool(self.checks)
+    def again(self) -> bool:
+        """
+        :return: as `run`, for the batch that is there; where something is not true the replay has stopped
+        """
+        try:
+            self.replay()
+        except UnmetError:
+            return False
+        return True
 
     def copies(self) -> dict[str, np.ndarray]:
         """

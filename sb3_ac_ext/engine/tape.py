@@ -31,6 +31,19 @@ class RefusedError(Exception):
     """The function does something that a list of operations cannot do again."""
 
 
+class UnmetError(Exception):
+    """Something that the function took to be true is not."""
+
+
+def require(tensor: th.Tensor) -> None:
+    """
+    :param tensor: ``()`` boolean
+    :raises UnmetError: if it is false
+    """
+    if not tensor:
+        raise UnmetError
+
+
 def tensors(values: Any) -> list[th.Tensor]:
     """
     :param values: tensors in lists, tuples, dicts, or anything else
@@ -87,8 +100,8 @@ class Tape:
         self.external: dict[Key, th.Tensor] = {memory(tensor): tensor.detach() for tensor in (*watched, *inputs)}
         self._inputs = {*map(memory, inputs)}
         """By its key memory that is not the tape's own."""
-        self.checks: list[th.Tensor] = []
-        """Booleans that ``torch.distributions`` has asked for; the function went on as if all were true."""
+        self._constants: dict[Key, tuple[th.Tensor, th.Tensor]] = {}
+        """Tensors that were made of Python's numbers, each with a copy."""
         self._made: dict[Key, list[weakref.ref[th.Tensor]]] = {}
         self.paused = False
 
@@ -107,6 +120,17 @@ class Tape:
         with self.pause():
             function()
         self.operations.append(Operation(function, (), {}, None))
+
+    def require(self, tensor: th.Tensor) -> None:
+        """
+        :param tensor: a boolean that the function asked for, and went on as if it were true
+        """
+        self.operations.append(Operation(require, (tensor.detach(),), {}, None))
+
+    @property
+    def checks(self) -> list[th.Tensor]:
+        """The booleans that the function took to be true."""
+        return [operation.args[0] for operation in self.operations if operation.function is require]
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -146,8 +170,12 @@ class Tape:
         if kwargs.get("generator") is not None:
             raise RefusedError(f"{function} draws from a generator of its own")
         written = [value for argument, value in zip(function._schema.arguments, args, strict=False) if argument.is_write]
-        if any(memory(tensor) in self._inputs for tensor in tensors(written)):
-            raise RefusedError(f"{function} changes the batch")
+        written += [kwargs[a.name] for a in function._schema.arguments if a.is_write and a.name in kwargs]
+        for key in map(memory, tensors(written)):
+            if key in self._inputs:
+                raise RefusedError(f"{function} changes the batch")
+            if key in self._constants:  # it starts from its numbers at every replay
+                self.operations.insert(0, Operation(th.ops.aten.copy_.default, self._constants.pop(key), {}, None))
         tags = {th.Tag.data_dependent_output, th.Tag.dynamic_output_shape}.intersection(function.tags)
         if tags and not (function.overloadpacket is th.ops.aten.index and not any(_is_mask(t) for t in given[1:])):
             raise RefusedError(f"{function} depends on the values of a tensor")
@@ -158,6 +186,8 @@ class Tape:
                 if function.overloadpacket is not th.ops.aten.lift_fresh:  # a constant: th.tensor(3.0)
                     raise RefusedError(f"{function} is given a tensor of shape {tuple(tensor.shape)} that nobody watches")
                 self.watch(tensor)
+                with self.pause():
+                    self._constants[memory(tensor)] = tensor.detach(), tensor.detach().clone()
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """
@@ -167,6 +197,8 @@ class Tape:
         :param result: what it returned
         """
         given = {memory(tensor) for tensor in tensors((args, kwargs))}
+        if any(tensor.layout is not th.strided for tensor in tensors(result)):
+            raise RefusedError(f"{function} returns a tensor of another layout")
         new = [tensor for tensor in tensors(result) if memory(tensor) not in given]
         for tensor in tensors(result):
             if memory(tensor) not in self.external:
@@ -211,7 +243,7 @@ class _Values(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__bool__" and _asked_by("torch.distributions"):
-            self._tape.checks.append(args[0])
+            self._tape.require(args[0])
             return True
         reads_tensors = func in FROM_PYTHON and not isinstance(args[0] if args else None, th.Tensor) and tensors(args)
         if name in VALUE_READERS or reads_tensors:
