@@ -81,7 +81,7 @@ def check_keys(owner: str, keys: Iterable[str], allowed: Collection[str], kind: 
     """
     for key in keys:
         if key not in allowed:
-            close = get_close_matches(key, allowed, n=1)
+            close = get_close_matches(key, allowed, n=1, cutoff=0.7)  # not "q_a" for "q_c"
             hint = (
                 f"; did you mean {close[0]!r}?"
                 if close

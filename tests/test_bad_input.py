@@ -573,7 +573,8 @@ def test_sacx_refuses_policies_without_its_networks() -> None:
         """SB3's networks."""
 
     with pytest.raises(TypeError, match=r"policy must be derived from sb3_ac_ext.sacx.*MlpPolicy, got .*OtherPolicy"):
-        SACX(OtherPolicy, env())
+        SACX(OtherPolicy, env(), value_network=True)
+    assert type(SACX(OtherPolicy, env()).policy) is OtherPolicy
     assert type(SACX(SACPolicy, env()).policy) is SACX.policy_aliases["MlpPolicy"]
 
 
