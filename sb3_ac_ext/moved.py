@@ -17,8 +17,8 @@ _ROOMS = {
     "buffers": "replay rollouts",
     "ddpgx": "parameter_noise",
     "envs": "frames",
-    "legacy": "acting actor_critic capture descent flat_tensor fused_mlp matmul means numpy_actor numpy_actor_critic "
-    "numpy_heads numpy_layers participants stacked_mlps tape updates workspace",
+    "legacy": "acting actor_critic capture descent flat_tensor fused_mlp matmul means numpy_actor_critic numpy_heads "
+    "numpy_layers participants tape updates workspace",
     "networks": "critics policies",
 }
 MOVED = {

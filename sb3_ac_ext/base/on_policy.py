@@ -275,7 +275,7 @@ class OnPolicyMixin(ActingMixin, CheckpointMixin, OnPolicyAlgorithm):
         """See `UpdateMixin._step`; recorded by itself, because what comes before it is not operations on tensors alone."""
         descent = self._descents[network]
         if isinstance(descent, FlatAdam) and descent.whole and self._records:
-            self._capture.run(("step", network), lambda batch: super(OnPolicyMixin, self)._step(network), ())
+            self._capture.run(network, lambda: super(OnPolicyMixin, self)._step(network))
         else:
             super()._step(network)
         if self._records:

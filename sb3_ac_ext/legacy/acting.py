@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 
-from sb3_ac_ext.legacy.numpy_actor import NumpyActor
 from sb3_ac_ext.legacy.updates import UpdateMixin
 
 
@@ -15,16 +14,14 @@ class ActingMixin(UpdateMixin):
 
     def _acting_obstacle(self) -> str | None:
         """Why numpy cannot act for the policy; None if it can."""
-        return f"{type(self).__name__} acts by its policy"
+        raise NotImplementedError
 
     def _make_numpy_actor(self) -> Any:
         """What acts for a policy without obstacle: a function of observation and ``deterministic`` with an `is_current`."""
-        return NumpyActor(self.policy)
+        raise NotImplementedError
 
     def _choose_actor(self) -> Any:
         """The numpy actor, or None; looks again only if something about the policy has changed."""
-        if self._undisturbed and self._numpy_actor is not None:
-            return self._numpy_actor
         if self._numpy_actor is None or self._numpy_actor.policy is not self.policy or not self._numpy_actor.is_current():
             obstacle = self._acting_obstacle() if self.engine else "engine=False"
             self._numpy_actor = self._make_numpy_actor() if obstacle is None else None

@@ -1,4 +1,4 @@
-"""Gradient steps and target averages on one flat tensor for each network, where its layers and optimizer allow it."""
+"""Gradient steps on one flat tensor for each network, where its layers and optimizer allow it."""
 
 import math
 import operator
@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 
 import torch as th
-from stable_baselines3.common.utils import polyak_update, update_learning_rate
+from stable_baselines3.common.utils import update_learning_rate
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -316,33 +316,3 @@ def _flush_every(*betas: float) -> int:
     smallest = th.finfo(th.float32).smallest_normal
     steps = [math.log(smallest / least) / math.log(beta) for least, beta in zip(VANISHED, betas, strict=True) if beta > 0]
     return max(int(min(steps, default=1e6)), 1)
-
-
-class Average:
-    """
-    A target network that follows its online network (Polyak averaging).
-
-    :param target: the network that follows
-    """
-
-    def __init__(self, target: nn.Module) -> None:
-        self.parameters = list(target.parameters())
-        self.flat: FlatTensor | None = None
-
-    def fixed(self) -> Hashable:
-        """What a recorded update writes to."""
-        return None if self.flat is None else (self.flat, self.flat.holds(self.parameters))
-
-    def update(self, online: Descent, tau: float) -> None:
-        """
-        theta_target <- tau theta + (1 - tau) theta_target
-
-        :param online: the steps of the network that is followed
-        :param tau: its share, in [0, 1]
-        """
-        if not isinstance(online, FlatAdam):
-            polyak_update(online.parameters, self.parameters, tau)
-            return
-        if self.flat is None or not self.flat.holds(self.parameters):
-            self.flat = bind(self.parameters)
-        self.flat.values.lerp_(online.flat.values, tau)

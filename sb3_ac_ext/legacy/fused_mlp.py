@@ -201,17 +201,14 @@ def run(plan: Plan, x: th.Tensor, parameters: Sequence[th.Tensor], keep: bool = 
     :param parameters: weight ``(out, in)`` and bias ``(out,)`` of each layer, in turn
     :param keep: whether all outputs are needed later; otherwise only the last one is valid
     :return: ``(B, out)`` for each layer, after its activation; in a workspace all but the last belong to it
-
-    K MLPs run as one with a first dimension K everywhere: ``x`` ``(K, B, inputs)``, weights ``(K, out, in)``, biases
-    ``(K, 1, out)``.
     """
     workspace = current()
     outputs: list[th.Tensor] = []
     for i, activation in enumerate(plan):
         weight, bias = parameters[2 * i], parameters[2 * i + 1]
         last = i == len(plan) - 1
-        out = None if workspace is None or last else workspace.take((*x.shape[:-1], bias.shape[-1]), x)
-        y = addmm(bias, x, weight.mT, out)
+        out = None if workspace is None or last else workspace.take((len(x), len(bias)), x)
+        y = addmm(bias, x, weight.t(), out)
         if activation is not None:
             y = activation.forward_(y)
         if workspace is not None and not keep:
@@ -303,8 +300,7 @@ class Pass:
             if not (x_needed or any(needed[: 2 * layer])):
                 return None
             weight = self.weights[layer]
-            shape = (*grad.shape[:-1], weight.shape[-1])
-            out = None if workspace is None or layer == 0 else workspace.take(shape, grad)
+            out = None if workspace is None or layer == 0 else workspace.take((len(grad), weight.shape[1]), grad)
             incoming, grad = grad, mm(grad, weight, out)
             if workspace is not None:
                 workspace.give(incoming)

@@ -16,8 +16,6 @@ import torch as th
 
 SMALLEST_SIDE = 128
 """Thinner products are slower through oneDNN."""
-THINNEST_BATCHED = 8
-"""Several products with fewer rows or columns in the result are slower as one batched product."""
 SMALLEST_DIVIDED = 256**3
 """Multiplications of a product from which on a batch of pieces, one for each thread, is faster than MKL's own division."""
 LARGEST_ERROR = 1e-6
@@ -107,14 +105,7 @@ def _probe(rows: int, inner: int, columns: int, repetitions: int = 7) -> bool:
 
 
 def mm(a: th.Tensor, b: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
-    """``a @ b`` of matrices, see `torch.mm`, or of K pairs of them, see `torch.bmm`."""
-    if a.dim() == 3:
-        if _one_by_one(a, b):
-            out = a.new_empty(len(a), a.shape[1], b.shape[2]) if out is None else out
-            for k in range(len(a)):
-                mm(a[k], b[k], out[k])
-            return out
-        return th.bmm(a, b, out=out)
+    """``a @ b`` of matrices, see `torch.mm`."""
     if _through_onednn(a, b):
         with onednn():
             return th.mm(a, b, out=out)
@@ -130,13 +121,13 @@ def mm(a: th.Tensor, b: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
 
 def addmm(bias: th.Tensor, a: th.Tensor, b: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
     """
-    ``a @ b + bias`` of matrices, see `torch.addmm`, or of K of each, see `torch.baddbmm`.
+    ``a @ b + bias`` of matrices, see `torch.addmm`.
 
     On a CPU the bias is added to the product: PyTorch would copy it to the result before, for MKL to read.
     """
     if a.device.type == "cpu":
         return mm(a, b, out).add_(bias)
-    return (th.baddbmm if a.dim() == 3 else th.addmm)(bias, a, b, out=out)
+    return th.addmm(bias, a, b, out=out)
 
 
 def _pieces(a: th.Tensor, b: th.Tensor) -> int:
@@ -147,9 +138,3 @@ def _pieces(a: th.Tensor, b: th.Tensor) -> int:
     rows, (inner, columns) = a.shape[0], b.shape
     divisible = rows % threads == 0 and min(rows // threads * 2, inner, columns) >= SMALLEST_SIDE
     return threads if divisible and rows * inner * columns >= SMALLEST_DIVIDED else 1
-
-
-def _one_by_one(a: th.Tensor, b: th.Tensor) -> bool:
-    """Whether K products are faster one after another: through oneDNN, or on a CPU with a row or column as the result."""
-    thin = a.device.type == "cpu" and min(a.shape[1], b.shape[2]) < THINNEST_BATCHED
-    return thin or _through_onednn(a[0], b[0])

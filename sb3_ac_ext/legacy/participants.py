@@ -1,4 +1,4 @@
-"""Who takes part in an update, whether it can be done again without their Python, and who may change it in between."""
+"""Who takes part in an update, and whether it can be done again without their Python."""
 
 import inspect
 import operator
@@ -7,12 +7,9 @@ from functools import cache
 from typing import Any
 
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback
 
 REPEATABLE = frozenset({"torch", "stable_baselines3", "sb3_ac_ext"})
 """Packages whose modules and algorithms do nothing but operations on tensors, as far as an update is concerned."""
-CONSIDERATE = frozenset({"stable_baselines3", "rl_zoo3"})
-"""Packages whose callbacks look at the model, save it or evaluate it, and change nothing about it, with one exception."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -27,22 +24,6 @@ def modules_in(module: th.nn.Module) -> list[th.nn.Module]:
 def parameters_in(modules: Iterable[th.nn.Module]) -> list[Any]:
     """The parameters of ``modules``, None where one has been left out, as a bias can be."""
     return [parameter for module in modules for parameter in module._parameters.values()]
-
-
-def is_passive(callback: Any) -> bool:
-    """
-    :param callback: what ``learn`` is given as its callback, or something that a callback holds
-    :return: whether it surely changes no layer, parameter, optimizer or argument of the model while it learns: of SB3's and
-        the Zoo's callbacks those that call no others, and no functions
-    """
-    if isinstance(callback, list):
-        return all(map(is_passive, callback))
-    if not isinstance(callback, BaseCallback):
-        return not callable(callback)
-    kind = type(callback)
-    if kind.__module__.partition(".")[0] not in CONSIDERATE or kind.__name__ == "ParallelTrainCallback":
-        return False
-    return all(is_passive(held) for name, held in vars(callback).items() if name != "parent")
 
 
 class Participants:

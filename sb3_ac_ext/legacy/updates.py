@@ -12,7 +12,7 @@ from stable_baselines3.common.utils import FloatSchedule
 from sb3_ac_ext.base.schedules import as_schedule
 from sb3_ac_ext.base.typing import constructor_keys
 from sb3_ac_ext.legacy.capture import Capture, CudaRecording
-from sb3_ac_ext.legacy.descent import Average, Descent, FlatAdam, backward, constant, parameters_of
+from sb3_ac_ext.legacy.descent import Descent, FlatAdam, backward, constant, parameters_of
 from sb3_ac_ext.legacy.fused_mlp import Fused
 from sb3_ac_ext.legacy.means import TensorMeans
 from sb3_ac_ext.legacy.participants import Participants, modules_in
@@ -25,12 +25,10 @@ Batch = TypeVar("Batch")
 
 class UpdateMixin(BaseAlgorithm):
     """
-    Learning rates, gradient steps, target averages and logging for algorithms with several optimizers.
+    Learning rates, gradient steps and logging for algorithms with several optimizers.
 
     An algorithm names its optimizers in `_optimizers`. The network called ``x`` there has the learning rate
-    ``x_learning_rate`` if the algorithm has such an argument and it is not None, ``learning_rate`` otherwise, the decay
-    ``x_weight_decay`` of its weights if there is such an argument, and the target network ``x_target`` if the algorithm
-    has such an attribute.
+    ``x_learning_rate`` if the algorithm has such an argument and it is not None, ``learning_rate`` otherwise.
     """
 
     engine: bool = True
@@ -39,13 +37,10 @@ class UpdateMixin(BaseAlgorithm):
     _max_grad_norms: dict[str, float]
     _means: TensorMeans
     _descents: dict[str, Descent]
-    _averages: dict[str, Average]
-    _others: dict[tuple[str, ...], list[th.nn.Parameter]]
+    _others: dict[str, list[th.nn.Parameter]]
     _workspace: Workspace
     _capture: Capture
     _records: bool
-    _alone: bool = False
-    """Whether nobody but the algorithm and the environment does anything between updates."""
     _participants: Participants
 
     def _optimizers(self) -> dict[str, th.optim.Optimizer]:
@@ -127,14 +122,7 @@ class UpdateMixin(BaseAlgorithm):
         modules = modules_in(self.policy)
         if not self._participants.are(modules):
             self._participants = Participants(self, modules)
-            targets = {name: getattr(self, f"{name}_target", None) for name in self._optimizers()}
-            self._averages = {name: Average(target) for name, target in targets.items() if target is not None}
             self._others = {}
-
-    @property
-    def _undisturbed(self) -> bool:
-        """Whether everything is as it was when somebody last looked."""
-        return self._alone and self._records and self._capture.settled
 
     def _choose_paths(self) -> None:
         """How each network is updated, and whether that is recorded, as everything is now."""
@@ -150,14 +138,12 @@ class UpdateMixin(BaseAlgorithm):
         values = tuple(getattr(self, name, None) for name in _arguments(type(self)))
         numbers = tuple(value for value in values if isinstance(value, (int, float, str)))
         written = tuple(descent.fixed() for descent in self._descents.values() if isinstance(descent, FlatAdam))
-        targets = tuple(average.fixed() for average in self._averages.values())
-        return numbers, tuple(self._max_grad_norms.items()), written, targets, self._participants
+        return numbers, tuple(self._max_grad_norms.items()), written, self._participants
 
     def _begin_updates(self) -> None:
         """Training mode and this moment's learning rates."""
-        if not self._undisturbed:
-            self._choose_paths()
-            self.policy.set_training_mode(True)
+        self._choose_paths()
+        self.policy.set_training_mode(True)
         progress = self._current_progress_remaining
         rate = self.lr_schedule(progress)
         self.logger.record("train/learning_rate", rate)
@@ -167,95 +153,45 @@ class UpdateMixin(BaseAlgorithm):
                 self.logger.record(f"train/{name}_learning_rate", own)
             descent.set_rate(own)
 
-    def _run(self, update: Callable[..., None], batch: tuple[Any, ...], *options: Hashable) -> None:
+    def _descend(self, network: str, loss_of: Callable[[Batch], th.Tensor], batch: Batch) -> None:
         """
-        ``update(batch, *options)``, recorded once for each combination of options and then replayed where that is possible.
+        One gradient step of one network; all others are constants of its loss.
 
-        :param update: what a batch is used for, without looking at values on the device
-        :param batch: the batch, a named tuple
-        :param options: further arguments
-        """
-
-        def run(batch: tuple[Any, ...]) -> None:
-            if not self.policy.training:  # it is left alone where updates are replays
-                self.policy.set_training_mode(True)
-            with self._workspace.lend() if self.engine else nullcontext():
-                update(batch, *options)
-
-        if self._records:
-            self._capture.run((update.__name__, options), run, batch)
-            for descent in self._descents.values():
-                descent.settle()
-        else:
-            run(batch)
-
-    def _descend(
-        self, network: str | tuple[str, ...], loss_of: Callable[[Batch], th.Tensor], batch: Batch, name: str | None = None
-    ) -> None:
-        """
-        One gradient step of one network, or of several that share a loss; all others are constants of it.
-
-        :param network: its name in `_optimizers`, or the names of several
+        :param network: its name in `_optimizers`
         :param loss_of: from a batch to the scalar loss
         :param batch: the batch
-        :param name: of the loss in the log, the network's by default
         """
-        networks = (network,) if isinstance(network, str) else network
-        descents = [self._descents[network] for network in networks]
         with self._workspace.lend() if self.engine else nullcontext():
-            with constant(self._parameters_except(networks)):
+            with constant(self._parameters_except(network)):
                 loss = loss_of(batch)
-            backward(loss, descents)
+            backward(loss, [self._descents[network]])
             loss = loss.detach()
-        for own in networks:
-            self._step(own)
-        self._means.add(f"{name or '_'.join(networks)}_loss", loss)
+        self._step(network)
+        self._means.add(f"{network}_loss", loss)
 
     def _step(self, network: str) -> None:
         """
-        Clip, decay and apply the gradients of one network.
+        Clip and apply the gradients of one network.
 
         :param network: its name in `_optimizers`
         """
         descent = self._descents[network]
         norm = descent.gradient_norm()
         if network in self._max_grad_norms:
-            self._clip(network, descent, norm)
-        self._decay(network, descent)
+            descent.clip(self._max_grad_norms[network], norm)
         descent.step()
         self._means.add(f"{network}_grad_norm", norm)
         if not self._records:
             descent.settle()
 
-    def _clip(self, network: str, descent: Descent, norm: th.Tensor) -> None:
-        """Bound a network's gradient, whose 2-norm is ``norm``."""
-        descent.clip(self._max_grad_norms[network], norm)
-
-    def _decay(self, network: str, descent: Descent) -> None:
-        """Add ``x_weight_decay`` times the weights to their gradients, as Adam's own does; not for biases and norms."""
-        weight_decay = getattr(self, f"{network}_weight_decay", 0.0)
-        if weight_decay:
-            for parameter in descent.parameters:
-                if parameter.dim() > 1 and parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach(), alpha=weight_decay)
-
-    def _parameters_except(self, networks: tuple[str, ...]) -> list[th.nn.Parameter]:
-        """The trained parameters that none of ``networks`` has."""
-        if networks not in self._others:
+    def _parameters_except(self, network: str) -> list[th.nn.Parameter]:
+        """The trained parameters that ``network`` does not have."""
+        if network not in self._others:
             parameters = {name: parameters_of(optimizer) for name, optimizer in self._optimizers().items()}
-            own = {id(parameter) for name in networks for parameter in parameters[name]}
+            own = {id(parameter) for parameter in parameters[network]}
             others = {id(parameter): parameter for group in parameters.values() for parameter in group}
-            self._others[networks] = [parameter for key, parameter in others.items() if key not in own]
-        return self._others[networks]
-
-    def _follow(self, network: str, tau: float) -> None:
-        """
-        Move a network's target towards it.
-
-        :param network: its name in `_optimizers`
-        :param tau: share of the online network, in [0, 1]
-        """
-        self._averages[network].update(self._descents[network], tau)
+            self._others[network] = [parameter for key, parameter in others.items() if key not in own]
+        return self._others[network]
 
     def _end_updates(self) -> None:
         """
@@ -287,11 +223,9 @@ class UpdateMixin(BaseAlgorithm):
             "_max_grad_norms",
             "_means",
             "_descents",
-            "_averages",
             "_others",
             "_workspace",
             "_capture",
-            "_alone",
             "_participants",
         )
         return [*super()._excluded_save_params(), *derived]
