@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from environments import BOX, CONTINUOUS, IMAGE, RandomEnv, ScriptedEnv
+from gymnasium import spaces
 from stable_baselines3 import DDPG, TD3, HerReplayBuffer
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
@@ -23,7 +24,7 @@ from stable_baselines3.td3.policies import CnnPolicy, TD3Policy
 import sb3_ac_ext.base.off_policy
 import sb3_ac_ext.ddpgx.policies
 import sb3_ac_ext.td3x
-from sb3_ac_ext import DDPGX, PPOX, TD3X
+from sb3_ac_ext import DDPGX, PPOX, SACX, TD3X
 from sb3_ac_ext.base.checkpoint import atomic_file, random_state, set_random_state
 from sb3_ac_ext.base.typing import constructor_keys
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
@@ -207,6 +208,26 @@ def test_train_after_load_is_the_uninterrupted_train(spec: AlgoSpec, kwargs: dic
     loaded.set_logger(Logger(None, []))
     disturb_random_generators()
     loaded.train(**how)
+    assert_same(loaded, model)
+
+
+@pytest.mark.parametrize("cls", [TD3X, DDPGX, SACX], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    ("policy", "space", "batch_size"), [("MlpPolicy", BOX, 256), ("CnnPolicy", IMAGE, 16)], ids=["mlp", "images"]
+)
+def test_train_after_load_is_the_uninterrupted_train_with_networks_of_usual_size(
+    cls: Any, policy: str, space: spaces.Box, batch_size: int, tmp_path: Path
+) -> None:
+    """What has been recorded long ago gives the same as what is recorded after the load, and as its first runs."""
+    env = RandomEnv(space, CONTINUOUS)
+    model = cls(policy, env, seed=0, batch_size=batch_size, learning_starts=20, buffer_size=300).learn(27)
+    save(model, tmp_path)
+    model.train(7, batch_size)
+    disturb_random_generators()
+    loaded = load(cls, tmp_path, env=env)
+    loaded.set_logger(Logger(None, []))
+    loaded.train(7, batch_size)
+    assert {how for name, how in loaded.engine_report().items() if "update" in name} == {"replayed"}
     assert_same(loaded, model)
 
 
