@@ -14,6 +14,8 @@ import torch as th
 
 SMALLEST_SIDE = 96
 """Thinner products are not faster through oneDNN."""
+SMALLEST_INNER = 8
+"""The same for what is summed over, where bias and rectifier are done with the product."""
 SMALLEST_DIVIDED = 256**3
 """Multiplications of a product from which on MKL gains from a batch of pieces, one for each thread."""
 SMALLEST_PIECE = 128
@@ -38,16 +40,27 @@ def takes_onednn(a: th.Tensor, b: th.Tensor) -> bool:
     return large and a.dtype is b.dtype is th.float32 and a.device.type == "cpu" and onednn_is_faster()
 
 
-def by_onednn(out: th.Tensor, a: th.Tensor, b: th.Tensor, bias: th.Tensor | None) -> None:
+def takes_onednn_with_relu(a: th.Tensor, b: th.Tensor) -> bool:
     """
-    ``a @ b + bias``.
+    :param a: ``(M, K)``
+    :param b: ``(K, N)``
+    :return: as `takes_onednn`, for a product, its bias and a rectifier together, where thinner ones gain too
+    """
+    large = min(a.shape[0], b.shape[1]) >= SMALLEST_SIDE and a.shape[1] >= SMALLEST_INNER
+    return large and a.dtype is b.dtype is th.float32 and a.device.type == "cpu" and onednn_is_faster()
+
+
+def by_onednn(out: th.Tensor, a: th.Tensor, b: th.Tensor, bias: th.Tensor | None, then: str = "none") -> None:
+    """
+    ``a @ b + bias``, and what is done to it.
 
     :param out: ``(M, N)`` for the result
     :param a: ``(M, K)``
     :param b: ``(N, K)``, the right matrix transposed
     :param bias: ``(N,)`` or None
+    :param then: "relu" or "none"
     """
-    out.copy_(_linear(a, b, bias, "none", [], ""))
+    out.copy_(_linear(a, b, bias, then, [], ""))
 
 
 def _linear(*args: Any) -> th.Tensor:

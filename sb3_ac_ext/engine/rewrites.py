@@ -6,14 +6,15 @@ A rule gets an operation whose result is new and returns calls that write the sa
 the operation that takes memory for its result, or else its result is copied there.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch as th
 
 from sb3_ac_ext.engine import products
-from sb3_ac_ext.engine.tape import Operation, tensors
+from sb3_ac_ext.engine.tape import Key, Operation, memory, tensors
 
 
 class Call(NamedTuple):
@@ -249,4 +250,26 @@ def rewritten(operations: Sequence[Operation], rounding: bool = True) -> list[Ca
     :param rounding: as in `calls`
     :return: the calls of a replay
     """
-    return [call for operation in operations for call in calls(operation, rounding)]
+    uses = Counter(memory(tensor) for operation in operations for tensor in tensors((operation.args, operation.kwargs)))
+    found: list[Call] = []
+    skipped = False
+    for operation, following in zip(operations, [*operations[1:], None], strict=True):
+        if skipped:
+            skipped = False
+        elif rounding and following is not None and _is_rectified_layer(operation, following, uses):
+            (bias, a, b), out = operation.args, following.result
+            found.append(Call(products.by_onednn, (out, a, b.t(), bias, "relu"), {}, (out,)))
+            skipped = True
+        else:
+            found += calls(operation, rounding)
+    return found
+
+
+def _is_rectified_layer(operation: Operation, following: Operation, uses: Mapping[Key, int]) -> bool:
+    """Whether two operations are a product with a bias and the rectifier of it, and nobody else reads the product."""
+    if (operation.name, following.name) != ("addmm", "relu") or operation.kwargs:
+        return False
+    bias, a, b = operation.args
+    result, rectified = operation.result, following.args[0]
+    same = memory(result) == memory(rectified) and result.shape == rectified.shape and result.stride() == rectified.stride()
+    return same and uses[memory(result)] == 1 and bias.dim() == 1 and products.takes_onednn_with_relu(a, b)

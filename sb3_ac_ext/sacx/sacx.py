@@ -15,6 +15,7 @@ With ``value_network=True`` (Haarnoja et al. 2018, arXiv:1801.01290, Algorithm 1
         y = r + gamma (1 - d) V_target(s')
 """
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, NamedTuple, Self, Unpack
 
@@ -332,7 +333,7 @@ class SACX(OffPolicyMixin, SAC):
 
     def _replayed_actions(self, observation: Any, deterministic: bool) -> np.ndarray | None:
         actions = super()._replayed_actions(observation, deterministic)
-        return None if actions is None or np.isnan(actions.sum()) else actions  # SB3 raises an error for NaN
+        return None if actions is None or math.isnan(actions.sum()) else actions  # SB3 raises an error for NaN
 
     def _acting_obstacle(self) -> str | None:
         return "gSDE draws its noise elsewhere" if self.use_sde else super()._acting_obstacle()
