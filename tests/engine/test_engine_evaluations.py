@@ -32,6 +32,7 @@ def observation(seed: int, rows: int = 1) -> np.ndarray:
 
 
 def replayed(own: Actor, rows: int = 1, *options: Any) -> Actor:
+    """After calls enough."""
     for i in range(ENOUGH):
         own.engine.evaluate(own.act, (observation(i, rows),), *options)
     return own
@@ -340,16 +341,28 @@ def test_what_distributions_refuse_is_left_to_the_caller() -> None:
     assert own.engine.evaluate(own.act, (observation(0),)) is not None
 
 
-def test_updates_with_what_distributions_refuse() -> None:
-    """The error is the function's, and nothing of the update is left."""
+class Likely(Learner):
+    """The more likely the targets, the better."""
 
-    class Likely(Learner):
-        def update(self, batch: Batch, delayed: bool = True) -> Values:
-            loss = -th.distributions.Normal(self.net(batch[0]), 1.0).log_prob(batch[1]).mean()
-            self.engine.minimise(loss, "net")
-            return {"loss": loss}
+    def update(self, batch: Batch, delayed: bool = True) -> Values:
+        loss = -th.distributions.Normal(self.net(batch[0]), 1.0).log_prob(batch[1]).mean()
+        self.engine.minimise(loss, "net")
+        return {"loss": loss}
 
-    ours, theirs = Likely(), Likely(enabled=False)
+
+class LikelyLate(Learner):
+    """The distribution comes after the step."""
+
+    def update(self, batch: Batch, delayed: bool = True) -> Values:
+        outputs = super().update((batch[1] @ th.ones(2, 3), batch[1]))
+        outputs["likely"] = th.distributions.Normal(batch[0], 1.0).log_prob(th.zeros(3)).mean()
+        return outputs
+
+
+@pytest.mark.parametrize("cls", [Likely, LikelyLate])
+def test_updates_with_what_distributions_refuse(cls: type[Learner]) -> None:
+    """The error is the function's, and what it did before is done once; where it is recorded, verified and replayed."""
+    ours, theirs = cls(), cls(enabled=False)
     for wrong in (0, 1, 2, 5):
         for one in (ours, theirs):
             for step in range(6):
@@ -363,3 +376,16 @@ def test_updates_with_what_distributions_refuse() -> None:
                 one.engine.end()
         assert_same(ours.state(), theirs.state(), 1e-5)
     assert ours.engine.report() == {"update": "replayed"}
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_networks_in_double_precision(rows: int) -> None:
+    own, answers = Actor(dtype=th.float64), 0
+    for i in range(ENOUGH + 3):
+        given = observation(i, rows).astype(np.float64)
+        outputs = own.engine.evaluate(own.act, (given,))
+        if outputs is not None:
+            answers += 1
+            assert outputs["actions"].dtype == np.float64
+            np.testing.assert_array_equal(outputs["actions"], own.expected(given)["actions"])
+    assert answers > 3

@@ -205,7 +205,7 @@ def checkpointed(learner: Learner, batch: Batch) -> th.Tensor:
     return F.mse_loss(net[2](hidden), batch[1])
 
 
-def in_step(term: Term | None, atol: float | None, steps: int = 5) -> str:
+def in_step(term: Term | None, atol: float | None, steps: int = 4) -> str:
     """
     Train with the engine and without it, and compare everything after each update.
 

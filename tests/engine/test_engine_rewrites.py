@@ -187,19 +187,7 @@ def routed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return way
 
 
-SIZES = [
-    (1, 5, 3),
-    (2, 5, 3),
-    (5, 1, 1),
-    (0, 3, 2),
-    (3, 0, 2),
-    (3, 2, 0),
-    (64, 64, 64),
-    (256, 400, 300),
-    (256, 300, 128),
-    (100, 96, 96),
-    (255, 256, 257),
-]
+SIZES = [(1, 5, 3), (2, 5, 3), (5, 1, 1), (0, 3, 2), (3, 0, 2), (3, 2, 0), (256, 400, 300), (100, 96, 96)]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -26,7 +26,7 @@ from torch import nn
 
 from sb3_ac_ext.engine.guard import tensors_in, tensors_of_helpers
 from sb3_ac_ext.engine.recording import Replay
-from sb3_ac_ext.engine.tape import Operation, RefusedError, Tape, memory, tensors, whole
+from sb3_ac_ext.engine.tape import Operation, RefusedError, Tape, UnmetError, memory, tensors, whole
 
 State = dict[str, th.Tensor]
 SHAPES = {
@@ -748,19 +748,26 @@ def test_distributions(make: Callable[[th.Tensor], Any]) -> None:
 
 @pytest.mark.parametrize("make", DISTRIBUTIONS, ids=lambda function: function.__name__)
 def test_checks_of_distributions(make: Callable[[th.Tensor], Any]) -> None:
-    """They are looked at, not taken as true for good."""
-    x = numbers(0, 6, 3)
-    tape = Tape([x])
-    with tape.recording():
+    """They are looked at in every replay, which stops there; they are not taken as true for good."""
+    x, done = numbers(0, 6, 3), th.zeros(())
+
+    def function() -> State:
         value = make(x).log_prob(make(x).mode())
-        checks = th.stack(tape.checks).all()
-    replay = Replay(tape, {"value": value, "": checks})
-    for wrong in (False, True, False):
-        x.copy_(numbers(1, 6, 3))
-        if wrong:
+        done.add_(1)
+        return {"value": value}
+
+    replay, outputs, tape = recorded(function, [x, done])
+    assert tape.checks
+    for step in range(4):
+        x.copy_(numbers(step, 6, 3))
+        if step == 2:
             x[2, 1] = float("nan")
-        replay()
-        assert bool(checks) is not wrong
+            with pytest.raises(UnmetError):
+                replay()
+        else:
+            replay()
+            assert th.equal(outputs["value"], make(x).log_prob(make(x).mode()))
+    assert done == 4  # once by the function
 
 
 def test_only_distributions_are_believed() -> None:

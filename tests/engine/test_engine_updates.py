@@ -82,15 +82,17 @@ def replays(learner: Learner) -> bool:
 # What a replay comes to
 
 
-@dtypes
-@cases
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*((case, th.float32) for case in CASES), *((case, th.float64) for case in ("adam", "sgd, momentum", "clipped apart"))],
+)
 def test_a_fresh_engine_continues_exactly(case: str, dtype: th.dtype) -> None:
     """An update gives the same bits whether it is recorded, verified or replayed, so that it does not matter who goes on."""
     whole = learner(case, dtype=dtype)
     logged = whole.train(range(6))
     random = th.get_rng_state()
     assert replays(whole)
-    for first in (1, 2, 3):
+    for first in (1, 3):
         divided = learner(case, dtype=dtype)
         parts = [divided.train(range(first))]
         divided.renew()
@@ -101,7 +103,9 @@ def test_a_fresh_engine_continues_exactly(case: str, dtype: th.dtype) -> None:
         assert mean == pytest.approx(logged, rel=1e-14)
 
 
-@cases
+@pytest.mark.parametrize(
+    "case", ["adam", "adam, groups", "adamw, amsgrad", "sgd, momentum", "frozen part", "tied and unused", "dropout"]
+)
 def test_a_loaded_optimizer_continues_exactly(case: str) -> None:
     whole = learner(case)
     whole.train(range(6))
@@ -420,19 +424,19 @@ def tensors_alive() -> int:
     return sum(issubclass(type(one), th.Tensor) for one in gc.get_objects())
 
 
-def test_a_thousand_shapes_take_bounded_memory() -> None:
+def test_hundreds_of_shapes_take_bounded_memory() -> None:
     own = Reporter()
     sizes, alive = [], []
-    for rows in range(1, 1001):
+    for rows in range(1, 301):
         outputs = own.engine.run(own.ask, (th.ones(rows, 3),), "one")
         assert outputs["one"] == 3 * rows
-        if rows in (100, 1000):
+        if rows in (100, 300):
             sizes.append(own.engine.memory() / rows)
             alive.append(tensors_alive())
     assert sizes[1] <= sizes[0]  # for each row
     assert alive[1] <= alive[0] + 10
     for _ in range(3):  # and those that go on are replayed
-        own.engine.run(own.ask, (th.ones(1000, 3),), "one")
+        own.engine.run(own.ask, (th.ones(300, 3),), "one")
     assert own.engine.report() == {"ask(one)": "replayed"}
 
 
@@ -440,10 +444,10 @@ def test_replays_do_not_grow() -> None:
     """Whatever changes between them that may change."""
     own = learner("tied and unused, clipped")
     counts = []
-    for step in range(120):
+    for step in range(60):
         own.rate = 1e-3 / (step + 1)
         own.train([step])
-        if step in (20, 119):
+        if step in (20, 59):
             counts.append((own.engine.memory(), tensors_alive()))
     assert counts[0] == counts[1]
     assert replays(own)
