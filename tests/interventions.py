@@ -117,7 +117,7 @@ def number(name: str, start: float, value: float, rows: tuple[str, ...], *, arra
     def enter(how: str, do: Callable[[Subject], None], before: Callable[[Subject], None] | None = None) -> None:
         title = f"{name} {how}"
         sb3 = known and not how.endswith("array")  # which rounds otherwise, as it is of float64
-        INTERVENTIONS[title] = Intervention(title, do, rows=rows, before=before, sb3=sb3, **kwargs)
+        INTERVENTIONS[title] = Intervention(title, do, rows=rows, before=before, sb3=sb3, family=name, **kwargs)
 
     def setter(kind: Callable[[Any], Any], number: float) -> Callable[[Subject], None]:
         return lambda subject: setattr(owner(subject), attribute, kind(number))

@@ -186,6 +186,8 @@ class Intervention:
     """What is done before training."""
     turns: int = 1
     ways: tuple[str, ...] = WAYS
+    family: str | None = None
+    """Those of one family do the same in other ways, and by default one of them is tested."""
     error: type[Exception] | None = None
     """What training raises then."""
 

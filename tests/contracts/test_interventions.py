@@ -77,23 +77,28 @@ def crossed() -> list[Any]:
 
     By default each is done in one row by somebody, both drawn, and one of each kind by everybody; the others take minutes.
     """
+    families: dict[str, list[str]] = {}
+    for name, case in INTERVENTIONS.items():
+        families.setdefault(case.family or name, []).append(name)
+    chosen = {name for family, names in families.items() for name in random.Random(family).sample(names, 1)}
     found = []
     for name, case in INTERVENTIONS.items():
         drawn = random.Random(name)
         row_of_it, way_of_it = drawn.choice(case.rows), drawn.choice(case.ways)
         for row, way in itertools.product(case.rows, case.ways):
             default = row == row_of_it and (way == way_of_it or name in REPRESENTATIVES)
+            default &= name in chosen or case.family in ("tau", "gamma")
             found.append(pytest.param(row, name, way, id=f"{row}-{name}-{way}", marks=[] if default else pytest.mark.slow))
     return found
 
 
 def against_sb3() -> list[Any]:
-    """Every intervention that acts in each row of SB3's, by default a third of them in one row, drawn."""
+    """Every intervention that acts in each row of SB3's, by default a quarter of them in one row, drawn."""
     found = []
     for name, case in INTERVENTIONS.items():
         known = [row for row in case.rows if row in SB3 and case.sb3 and case.acts]
         drawn = random.Random(name)
-        default = drawn.choice(known) if known and drawn.random() < 1 / 3 else None
+        default = drawn.choice(known) if known and drawn.random() < 1 / 4 else None
         for row in known:
             found.append(pytest.param(row, name, id=f"{row}-{name}", marks=[] if row == default else pytest.mark.slow))
     return found
@@ -325,7 +330,6 @@ def test_one_after_another(row: str, sequence: int) -> None:
 
 
 @rows(*ON_POLICY)
-@pytest.mark.parametrize("engine", [True, False])
 @pytest.mark.parametrize(
     ("name", "start", "value"),
     [
@@ -333,16 +337,14 @@ def test_one_after_another(row: str, sequence: int) -> None:
         ("max_grad_norm", 1e-2, {"actor": 1e-3}),
         ("max_grad_norm", {"actor": 1e-2}, None),
         ("exploration_noise", {"type": "normal", "start": 0.5}, {"type": "normal", "start": 0.1, "end": 0.05, "steps": 30}),
-        ("gamma", 0.9, np.float32(0.5)),
-        ("tau", 0.1, th.tensor(0.5)),
     ],
     ids=str,
 )
-def test_setting_is_as_constructing(row: str, name: str, start: Any, value: Any, engine: bool) -> None:
-    constructed, late = small_model(row, engine=engine, **{name: value}), small_model(row, engine=engine, **{name: start})
+def test_setting_is_as_constructing(row: str, name: str, start: Any, value: Any) -> None:
+    constructed, late = small_model(row, engine=False, **{name: value}), small_model(row, **{name: start})
     setattr(late, name, value)
     trained = []
     for model in (constructed, late):
         model.set_random_seed(0)
         trained.append(numbers(model.learn(40)))
-    assert th.equal(*trained)
+    th.testing.assert_close(*trained, rtol=0, atol=ATOL)

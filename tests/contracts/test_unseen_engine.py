@@ -106,9 +106,9 @@ class Annealing(BaseCallback):
 
 @rows(*ON_POLICY)
 def test_annealed_numbers_take_no_memory(row: str) -> None:
-    """Three hundred values; a recording for each would hold a hundred tensors each."""
-    callback = Annealing((60, 310))
-    small_model(row).learn(310, callback=callback)
+    """A hundred and forty values; a recording for each would hold a hundred tensors each."""
+    callback = Annealing((60, 200))
+    small_model(row).learn(200, callback=callback)
     (bytes_before, objects_before), (bytes_after, objects_after) = callback.alive
     assert bytes_after - bytes_before < 50_000
     assert objects_after - objects_before < 2_000
@@ -129,14 +129,14 @@ def test_a_thousand_batch_sizes_take_no_memory(row: str) -> None:
 
 @rows(*ON_POLICY)
 def test_sizes_of_updates_take_bounded_memory(row: str) -> None:
-    """Forty sizes, each often enough to be recorded; kept all, they would take some forty times what one takes."""
+    """Thirty sizes, each often enough to be recorded; kept all, they would take some thirty times what one takes."""
     model = small_model(row).learn(12)
     before = live_bytes()
-    model.train(6, batch_size=60)
+    model.train(4, batch_size=60)
     one = max(live_bytes() - before, 30_000)
-    for size in range(40, 80):
-        model.train(6, batch_size=size)
-    assert live_bytes() - before < 25 * one
+    for size in range(45, 75):
+        model.train(4, batch_size=size)
+    assert live_bytes() - before < 20 * one
 
 
 @rows(*ON_POLICY)
