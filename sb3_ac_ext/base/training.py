@@ -1,5 +1,6 @@
 """What algorithms share that train by the engine: rates, bounds, the log, acting, and what a model leaves behind."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,8 @@ class TrainingMixin(BaseAlgorithm):
     max_grad_norm: float | dict[str, float] | None = None
     _engine: Engine
     _training_mode: "TrainingMode"
+    _acting_lock: threading.RLock
+    """Of SB3's policies, whose distributions are one for all threads."""
     _schedules: dict[str, tuple[Any, FloatSchedule]]
     _flat_space: tuple[Any, bool] = (None, False)
     """An observation space, and whether it has numbers in one vector."""
@@ -89,6 +92,7 @@ class TrainingMixin(BaseAlgorithm):
     def _make_engine(self) -> None:
         self._schedules = {}
         self._training_mode = TrainingMode(self.policy)
+        self._acting_lock = threading.RLock()
         self._engine = Engine(self, self._networks, enabled=self.engine, device=self.device)
 
     # Training
@@ -168,7 +172,8 @@ class TrainingMixin(BaseAlgorithm):
         """
         actions = self._replayed_actions(observation, deterministic)
         if actions is None:
-            return super().predict(observation, state, episode_start, deterministic)
+            with self._acting_lock:
+                return super().predict(observation, state, episode_start, deterministic)
         return actions, state
 
     def _replayed_actions(self, observation: Any, deterministic: bool) -> np.ndarray | None:
@@ -204,7 +209,8 @@ class TrainingMixin(BaseAlgorithm):
         return None if self.device.type == "cpu" else f"the device is {self.device}"
 
     def _act(self, batch: tuple[th.Tensor], deterministic: bool) -> dict[str, th.Tensor]:
-        return {"actions": self.policy._predict(batch[0], deterministic)}
+        with self._acting_lock:
+            return {"actions": self.policy._predict(batch[0], deterministic)}
 
     def _set_training_mode(self, mode: bool) -> None:
         if self._training_mode.policy is not self.policy:
@@ -214,10 +220,10 @@ class TrainingMixin(BaseAlgorithm):
     # What is left behind
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_engine", "_training_mode", "_schedules", "_flat_space"]
+        return [*super()._excluded_save_params(), "_engine", "_training_mode", "_acting_lock", "_schedules", "_flat_space"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_engine", "_training_mode")}
+        return {name: value for name, value in vars(self).items() if name not in ("_engine", "_training_mode", "_acting_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
