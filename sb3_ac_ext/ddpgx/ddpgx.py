@@ -40,7 +40,7 @@ class DDPGX(OffPolicyMixin, DDPG):
     Differences from the paper: SB3's defaults (Adam 1e-3 for both networks, batch 256, tau 0.005, no noise; the paper's
     are in ``zoo_configs/ddpgx_paper.yml``); with batch normalisation the critic runs on its running statistics everywhere,
     which its own loss updates first; truncated episodes bootstrap at their last observation. Differences from SB3's DDPG
-    with the extras at their defaults: none in the updates; no smoothing noise of size 0 is drawn for the target; the replay
+    with the extras at their defaults: none in the updates; the replay
     buffer is allocated at its first use.
 
     Ornstein-Uhlenbeck noise is ``exploration_noise={"type": "ornstein-uhlenbeck", "start": 0.2, "dt": 1.0}``, see
@@ -192,12 +192,14 @@ class DDPGX(OffPolicyMixin, DDPG):
         q = self.critic.q1_forward(batch.observations, actions)  # type: ignore[arg-type]  # SB3 leaves dicts out
         outputs["actor_loss"] = -q.mean()
         self._engine.minimise(outputs["actor_loss"], "actor")
-        outputs |= {"action_gradient": slope for slope in slopes}
+        if slopes:
+            outputs["action_gradient"] = slopes[0]
         self._update_targets()
         return outputs
 
     @th.no_grad()
     def _target(self, batch: Transitions) -> th.Tensor:
+        th.empty_like(batch.actions).normal_()  # SB3's DDPG is a TD3 that draws smoothing noise and bounds it by 0
         next_actions = self.actor_target(batch.next_observations)
         next_q = th.cat(self.critic_target(batch.next_observations, next_actions), dim=1).amin(dim=1, keepdim=True)
         return td_target(batch.rewards, batch.dones, batch.discounts, next_q)

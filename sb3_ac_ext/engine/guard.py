@@ -58,6 +58,8 @@ GLOBAL_HOOKS: tuple[Mapping[Any, Any], ...] = (
 """Hooks of all modules and optimizers of the process."""
 CHANGEABLE = (list, dict, set, np.ndarray, th.Tensor)
 """Values of which more than the identity is looked at."""
+Place = tuple[Mapping[str, Any], str]
+"""A dict of attributes, and the name of one."""
 Content = tuple[Mapping[str, Any], str, Any]
 """A dict of attributes, the name of one, and what it was."""
 MISSING: Any = object()
@@ -235,17 +237,24 @@ class Guard:
         self._hooks = [getattr(module, name) for module in modules for name in MODULE_HOOKS]
         self._helpers = [helper for module in modules for helper in helpers_of(module)]
         self._attributes = [len(vars(helper)) for helper in self._helpers]
-        places = [vars(module) for module in modules] + [module._modules for module in modules]
         tensors_of_modules = [module._parameters for module in modules] + [module._buffers for module in modules]
         self._named_tensors = [place for place in tensors_of_modules if place]  # compared by identity
         self._tensors = self._current_tensors()
-        classes = dict.fromkeys(base for kind in self._types for base in kind.__mro__ if _is_of_users(base))
-        self._live: list[Mapping[str, Any]] = [*places, *(p for p in tensors_of_modules if not p), *map(vars, classes)]
+        children = [module._modules for module in modules]
+        self._live: list[Mapping[str, Any]] = [place for place in children if place]
         self._copies = [dict(place) for place in self._live]
-        for module in modules:
-            place = vars(module)
-            own = ((name, value) for name, value in place.items() if name not in OF_MODULES)
-            self._contents += [(place, name, _snapshot(value)) for name, value in own if isinstance(value, CHANGEABLE)]
+        self._empty = [place for place in (*children, *tensors_of_modules) if not place]
+        self._places = [*map(vars, modules)]
+        self._lengths = [*map(len, self._places)]
+        self._modes = [place.get("training") for place in self._places]
+        pairs: list[Place] = [(place, name) for place in self._places for name in place if name not in OF_MODULES]
+        for place, name in pairs:
+            if isinstance(place[name], CHANGEABLE):
+                self._contents.append((place, name, _snapshot(place[name])))
+        classes = dict.fromkeys(base for kind in self._types for base in kind.__mro__ if _is_of_users(base))
+        methods = _methods_within_reach(classes, (function.__code__.co_names for _, function in self._methods))
+        self._pairs = [(place, name) for place, name in pairs if not isinstance(place[name], CHANGEABLE)] + methods
+        self._pair_values = [place[name] for place, name in self._pairs]
         for helper in self._helpers:
             self._contents += [(vars(helper), name, value) for name, value in vars(helper).items() if _is_number(value)]
 
@@ -308,17 +317,27 @@ class Guard:
             return "a class"
         if any(self._hooks) or any(GLOBAL_HOOKS):
             return "a hook"
+        if process_state(bool(self._networks)) != self._process:
+            return "a setting of PyTorch"
+        changed = self._change_of_modules() or self._change_of_values()
+        return changed or (self._change_of_networks(networks) if self._networks else None)
+
+    def _change_of_modules(self) -> str | None:
         if [len(vars(helper)) for helper in self._helpers] != self._attributes:
             return "a method of what a module computes with"
+        if any(self._empty) or [*map(len, self._places)] != self._lengths:
+            return "a module"
+        if [place.get("training") for place in self._places] != self._modes:
+            return "the training mode"
+        if [place[name] for place, name in self._pairs] != self._pair_values:
+            return "an attribute or a method of a module"
         if self._live != self._copies or any(kind.forward is not function for kind, function in self._forwards):
             return "a module"
         if not _same(self._current_tensors(), self._tensors):
             return "a parameter or buffer"
         if [tensor.data_ptr() for tensor in self._memory] != self._addresses:
             return "the memory of a tensor"
-        if process_state(bool(self._networks)) != self._process:
-            return "a setting of PyTorch"
-        return self._change_of_values() or (self._change_of_networks(networks) if self._networks else None)
+        return None
 
     def _change_of_values(self) -> str | None:
         for name, value, snapshot in self._values:
@@ -358,6 +377,24 @@ def _is_method_of(owner: Any, value: Any) -> bool:
 def _is_of_users(kind: type) -> bool:
     """Whether a class may have methods that somebody replaces; those of PyTorch and Python are left out."""
     return kind.__module__.partition(".")[0] not in ("torch", "builtins", "abc", "typing")
+
+
+def _methods_within_reach(classes: Iterable[type], names: Iterable[Iterable[str]]) -> list[Place]:
+    """
+    :param classes: of modules
+    :param names: that functions use which call these modules
+    :return: methods that may be called, and constants: where they are, and their names
+    """
+    functions = [(vars(kind), name, f) for kind in classes for name, f in vars(kind).items() if isinstance(f, FunctionType)]
+    wanted, new = {"forward"}.union(*names), True
+    while new:
+        used = {one for _, name, function in functions if name in wanted for one in function.__code__.co_names}
+        new = not used <= wanted
+        wanted |= used
+    constants = [
+        (vars(kind), name) for kind in classes for name, v in vars(kind).items() if _is_number(v) and name[:2] != "__"
+    ]
+    return [(place, name) for place, name, _ in functions if name in wanted] + constants
 
 
 def _is_number(value: Any) -> bool:

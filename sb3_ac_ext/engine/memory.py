@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch as th
 from torch.utils._pytree import tree_map_only
 
+from sb3_ac_ext.engine import products
 from sb3_ac_ext.engine.rewrites import Call
 from sb3_ac_ext.engine.tape import Key, memory, tensors
 
@@ -45,8 +46,9 @@ def plan(calls: Sequence[Call], kept: Collection[Key]) -> list[Call]:
     homes: dict[Key, tuple[th.UntypedStorage, int]] = {}
     calls = _forward_copies(calls, blocks, homes)
     merged = _write_in_place(calls, blocks, homes)
-    _share(blocks, merged, homes)
-    return [_moved(call, merged, homes) for call in calls]
+    taken = _taken(calls, blocks, merged, homes)
+    _share({key: block for key, block in blocks.items() if key not in taken}, merged, homes)
+    return [_moved(call, merged, homes, taken) for call in calls]
 
 
 def _in_place(call: Call) -> Call:
@@ -144,13 +146,8 @@ def _write_in_place(
     """Elementwise operations write over an argument that is read for the last time; returns what took whose memory."""
     merged: dict[Key, Key] = {}
 
-    def root(key: Key) -> Key:
-        while key in merged:
-            key = merged[key]
-        return key
-
     def is_free(tensor: th.Tensor, call: int) -> bool:
-        block = blocks.get(root(memory(tensor)))
+        block = blocks.get(_root(memory(tensor), merged))
         return block is not None and block.whole and block.last == call and memory(tensor) not in homes
 
     for i, call in enumerate(calls):
@@ -161,10 +158,10 @@ def _write_in_place(
         if block is None or block.first != i or not block.whole or memory(out) in homes:
             continue
         for given in tensors(call.args):
-            same = [t for t in tensors(call.args) if root(memory(t)) == root(memory(given))]
+            same = [t for t in tensors(call.args) if _root(memory(t), merged) == _root(memory(given), merged)]
             if is_free(given, i) and all(_alike(t, out) for t in same):
-                target = blocks[root(memory(given))]
-                merged[memory(out)] = root(memory(given))
+                target = blocks[_root(memory(given), merged)]
+                merged[memory(out)] = _root(memory(given), merged)
                 target.last = max(target.last, block.last)
                 break
     return merged
@@ -173,6 +170,36 @@ def _write_in_place(
 def _alike(x: th.Tensor, y: th.Tensor) -> bool:
     same = x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype and x.is_contiguous()
     return same and _fills(x) and _fills(y)
+
+
+def _taken(
+    calls: Sequence[Call],
+    blocks: dict[Key, Block],
+    merged: dict[Key, Key],
+    homes: dict[Key, tuple[th.UntypedStorage, int]],
+) -> dict[Key, th.Tensor]:
+    """Tensors that are given the memory of oneDNN's results: all that is ever read there is one tensor, whole."""
+    found = {
+        memory(call.written[0]): call.written[0]
+        for i, call in enumerate(calls)
+        if call.function is products.by_onednn and _is_made_at(blocks, memory(call.written[0]), i, homes)
+    }
+    for call in calls:
+        for tensor in tensors((call.args, call.kwargs)):
+            key = _root(memory(tensor), merged)
+            if key in found and not _alike(tensor, found[key]):
+                del found[key]
+    return {key: th.empty_like(tensor) for key, tensor in found.items() if key not in merged}
+
+
+def _is_made_at(blocks: dict[Key, Block], key: Key, call: int, homes: dict[Key, tuple[th.UntypedStorage, int]]) -> bool:
+    return key in blocks and blocks[key].whole and blocks[key].first == call and key not in homes
+
+
+def _root(key: Key, merged: dict[Key, Key]) -> Key:
+    while key in merged:
+        key = merged[key]
+    return key
 
 
 def _share(blocks: dict[Key, Block], merged: dict[Key, Key], homes: dict[Key, tuple[th.UntypedStorage, int]]) -> None:
@@ -195,11 +222,13 @@ def _share(blocks: dict[Key, Block], merged: dict[Key, Key], homes: dict[Key, tu
         ends[block.last].append(home)
 
 
-def _moved(call: Call, merged: dict[Key, Key], homes: dict[Key, tuple[th.UntypedStorage, int]]) -> Call:
+def _moved(
+    call: Call, merged: dict[Key, Key], homes: dict[Key, tuple[th.UntypedStorage, int]], taken: dict[Key, th.Tensor]
+) -> Call:
     def now(tensor: th.Tensor) -> th.Tensor:
-        key = memory(tensor)
-        while key in merged:
-            key = merged[key]
+        key = _root(memory(tensor), merged)
+        if key in taken:
+            return taken[key]
         if key not in homes:
             return tensor
         storage, start = homes[key]
@@ -207,7 +236,10 @@ def _moved(call: Call, merged: dict[Key, Key], homes: dict[Key, tuple[th.Untyped
         return th.empty(0, dtype=tensor.dtype).set_(storage, offset, tensor.size(), tensor.stride())
 
     args, kwargs = tree_map_only(th.Tensor, now, (call.args, call.kwargs))
-    return _in_place(Call(call.function, args, kwargs, lasting=call.lasting))
+    function = call.function
+    if call.written and _root(memory(call.written[0]), merged) in taken and function is products.by_onednn:
+        function = products.taken_from_onednn
+    return _in_place(Call(function, args, kwargs, lasting=call.lasting))
 
 
 def bytes_used(calls: Sequence[Call], kept: Collection[Key]) -> int:

@@ -63,6 +63,19 @@ def by_onednn(out: th.Tensor, a: th.Tensor, b: th.Tensor, bias: th.Tensor | None
     out.copy_(_linear(a, b, bias, then, [], ""))
 
 
+def taken_from_onednn(out: th.Tensor, a: th.Tensor, b: th.Tensor, bias: th.Tensor | None, then: str = "none") -> None:
+    """
+    `by_onednn` for a tensor that is given the memory of the result, instead of a copy.
+
+    :param out: ``(M, N)`` without views that somebody reads
+    :param a: as there
+    :param b: as there
+    :param bias: as there
+    :param then: as there
+    """
+    out.set_(_linear(a, b, bias, then, [], ""))  # type: ignore[call-overload]  # a tensor is a legal source
+
+
 def _linear(*args: Any) -> th.Tensor:
     result: th.Tensor = th.ops.mkldnn._linear_pointwise(*args)
     return result
