@@ -40,8 +40,7 @@ class DDPGX(OffPolicyMixin, DDPG):
     Differences from the paper: SB3's defaults (Adam 1e-3 for both networks, batch 256, tau 0.005, no noise; the paper's
     are in ``zoo_configs/ddpgx_paper.yml``); with batch normalisation the critic runs on its running statistics everywhere,
     which its own loss updates first; truncated episodes bootstrap at their last observation. Differences from SB3's DDPG
-    with the extras at their defaults: none in the updates; the replay
-    buffer is allocated at its first use.
+    with the extras at their defaults: none in the updates; the replay buffer is allocated at its first use.
 
     Ornstein-Uhlenbeck noise is ``exploration_noise={"type": "ornstein-uhlenbeck", "start": 0.2, "dt": 1.0}``, see
     `sb3_ac_ext.base.noise.NoiseSchedule` for what ``dt`` means: 1 is one unit of time a step, as programs that follow

@@ -391,10 +391,10 @@ def _methods_within_reach(classes: Iterable[type], names: Iterable[Iterable[str]
         used = {one for _, name, function in functions if name in wanted for one in function.__code__.co_names}
         new = not used <= wanted
         wanted |= used
-    constants = [
-        (vars(kind), name) for kind in classes for name, v in vars(kind).items() if _is_number(v) and name[:2] != "__"
-    ]
-    return [(place, name) for place, name, _ in functions if name in wanted] + constants
+    found: list[Place] = [(place, name) for place, name, _ in functions if name in wanted]
+    for kind in classes:
+        found += [(vars(kind), name) for name, v in vars(kind).items() if _is_number(v) and not name.startswith("__")]
+    return found
 
 
 def _is_number(value: Any) -> bool:
