@@ -246,3 +246,27 @@ def difference(values: Sequence[th.Tensor], expected: Sequence[th.Tensor]) -> fl
         absolute.append(apart)
         total += scale**2
     return max(min(one, float(10 * apart / total**0.5)) for one, apart in zip(relative, absolute, strict=True))
+
+
+def filled(batch: tuple[Any, ...]) -> Sequence[Any]:
+    """
+    :param batch: see `Inputs`
+    :return: its parts that are copied to a recording's inputs
+    """
+    return [value for value in leaves(batch) if isinstance(value, (th.Tensor, np.ndarray))]
+
+
+def as_tensors(batch: tuple[Any, ...], device: th.device) -> tuple[Any, ...]:
+    """
+    :param batch: see `Inputs`
+    :param device: where the function computes
+    :return: the batch with its arrays as tensors
+    """
+
+    def converted(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: converted(part) for key, part in value.items()}
+        return th.as_tensor(value, device=device) if isinstance(value, np.ndarray) else value
+
+    parts = [converted(value) for value in batch]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)

@@ -235,7 +235,7 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         with self._updates() as engine:
             for _ in range(gradient_steps):
                 self._n_updates += 1
-                engine.run(self._update, self._sample(batch_size), self._n_updates % self.policy_delay == 0)
+                engine.run(self._update, self._sample(batch_size), bool(self._n_updates % self.policy_delay == 0))
 
     def _update(self, batch: JointTransitions, delayed: bool) -> dict[str, th.Tensor]:
         target = self._target(batch)  # (B, N)

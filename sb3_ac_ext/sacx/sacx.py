@@ -293,8 +293,8 @@ class SACX(OffPolicyMixin, SAC):
         :param step: updates before this one in this call of `train`
         """
         if self.target_update_every is None:
-            return step % self.target_update_interval == 0
-        return self._n_updates % self.target_update_every == 0
+            return bool(step % self.target_update_interval == 0)
+        return bool(self._n_updates % self.target_update_every == 0)
 
     def _trained(self, *networks: str) -> tuple[str, ...]:
         """Those of ``networks`` that have an optimizer."""

@@ -1,0 +1,312 @@
+"""See `Recorder`."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch as th
+
+from sb3_ac_ext.engine.guard import (
+    Closed,
+    Guard,
+    helpers_of,
+    modules_in,
+    noted_reads,
+    objects_in,
+    tensors_in,
+    tensors_of_helpers,
+)
+from sb3_ac_ext.engine.kinds import LONGEST_WAIT, WARM_UP, Function, Kind, Means
+from sb3_ac_ext.engine.network import Network, Steps
+from sb3_ac_ext.engine.recording import (
+    TOLERANCE,
+    Graph,
+    Inputs,
+    Recording,
+    Replay,
+    Snapshot,
+    Values,
+    as_tensors,
+    difference,
+    filled,
+)
+from sb3_ac_ext.engine.tape import RefusedError, Tape, memory, tensors, whole
+
+MOST_RECORDINGS = 16
+"""Recordings that are kept; the one that was used longest ago goes."""
+
+
+class Recorder(Closed):
+    """
+    Makes recordings of functions, and trusts one when its replay has come to what the function did, for two batches.
+
+    :param owner: see `Engine`
+    :param networks: see `Engine`
+    :param enabled: see `Engine`
+    :param device: see `Engine`
+    :param rounding: see `Engine`
+    """
+
+    def __init__(
+        self,
+        owner: Any,
+        networks: Callable[[], Mapping[str, Network]],
+        *,
+        enabled: bool = True,
+        device: th.device | str = "cpu",
+        rounding: bool = True,
+    ) -> None:
+        self._owner, self._make_networks = owner, networks
+        self.enabled, self.device, self._rounding = enabled, th.device(device), rounding
+        self.networks: Mapping[str, Network] = {}
+        self._kinds: OrderedDict[Hashable, Kind] = OrderedDict()
+        self._means: dict[Hashable, Means] = {}
+        self._steps: WeakKeyDictionary[th.optim.Optimizer, Steps] = WeakKeyDictionary()
+        self._tape: Tape | None = None
+        self._used: dict[str, Network] = {}
+        self._norms: Values | None = None
+        self._called: Means | None = None
+        self._look = self._updates = self._flushed = 0
+        self._replayed: dict[Recording, None] = {}
+        self._lock = threading.RLock()
+
+    def _call(self, function: Function, batch: tuple[Any, ...], options: tuple[Hashable, ...]) -> Values:
+        """The function, and what is logged of it."""
+        self._norms, self._called = {}, None
+        try:
+            outputs = function(batch, *options) or {}
+            for name, value in outputs.items():
+                if not isinstance(value, th.Tensor):
+                    raise TypeError(f"the output {name!r} of {function.__name__} must be a tensor, got {value!r}")
+            logged = {name: value.detach() for name, value in (outputs | self._norms).items() if value.dim() == 0}
+            if logged:
+                self._called = self._add((function.__func__, options, *logged), logged)  # type: ignore[attr-defined]
+        finally:
+            self._norms = None
+        return outputs
+
+    def _add(self, key: Hashable, logged: Values) -> Means:
+        with nullcontext() if self._tape is None else self._tape.pause():
+            means = self._means.get(key)
+            if means is None:
+                means = self._means[key] = Means(tuple(logged), self.device)
+        if self._tape is not None:
+            self._tape.watch(means.sums)
+        with th.no_grad():
+            means.sums.add_(th.stack([*logged.values()]))
+        return means
+
+    def _steps_of(self, network: Network) -> Steps:
+        steps = self._steps.get(network.optimizer)
+        if steps is None or not steps.serve(network):
+            steps = self._steps[network.optimizer] = Steps(network)
+            steps.rate.fill_(network.rate)
+        return steps
+
+    def _state(self, networks: Mapping[str, Network]) -> list[th.Tensor]:
+        """Tensors that a function may read and change."""
+        modules = [module for network in networks.values() for module in (network.module, network.target)]
+        found = tensors_in(modules_in([*vars(self._owner).values(), *modules]))
+        found += [tensor for value in vars(self._owner).values() for tensor in _tensors_in_value(value)]
+        for network in networks.values():
+            found += network.parameters + tensors(list(network.optimizer.state.values()))
+        found += [means.sums for means in self._means.values()]
+        return list({memory(tensor): whole(tensor) for tensor in found}.values())
+
+    def _record_evaluation(
+        self, kind: Kind, function: Function, batch: tuple[np.ndarray, ...], options: tuple[Hashable, ...]
+    ) -> dict[str, np.ndarray] | None:
+        """As `_record`, but nothing is put back, as others may draw random numbers and train at the same time."""
+        reason = self._obstacle({})
+        if reason is not None:
+            kind.forget(reason)
+            return None
+        try:
+            recording, kind.guard = self._recorded(function, batch, options, self._state({}), {})
+        except RefusedError as error:
+            kind.forget(str(error), LONGEST_WAIT)
+            return None
+        kind.recording, kind.reason = recording, "it has run once"
+        outputs = recording.copies()
+        self._agrees_with(kind, batch, {name: value.clone() for name, value in recording.outputs.items()})
+        self._limit_recordings()
+        return outputs
+
+    def _agrees_with(self, kind: Kind, batch: tuple[np.ndarray, ...], expected: Values) -> bool:
+        """Whether a replay without random numbers gives what the function gave; without that it is forgotten."""
+        assert kind.recording is not None
+        if kind.recording.replay.draws:
+            return True
+        return kind.recording.run(batch) and self._agrees(kind, [[*expected.values()], [], []], [])
+
+    def _obstacle(self, networks: Mapping[str, Network]) -> str | None:
+        """Why nothing can be recorded now."""
+        if self.device.type not in ("cpu", "cuda"):
+            return f"the device is {self.device}"
+        return Guard(self._owner, vars(self._owner), networks).obstacle()
+
+    def _record(
+        self,
+        kind: Kind,
+        function: Function,
+        batch: tuple[Any, ...],
+        options: tuple[Hashable, ...],
+        networks: Mapping[str, Network],
+    ) -> None:
+        """
+        Run the function, note what it does, replay that from the same state, and keep it if both come to the same.
+
+        Without that everything is as it was before.
+        """
+        reason = self._obstacle(networks)
+        if reason is not None:
+            kind.forget(reason)
+            return
+        for network in networks.values():
+            self._steps_of(network).bind(network)
+        before = Snapshot(self._state(networks), self.device, [network.optimizer for network in networks.values()])
+        known = set(self._means)
+        try:
+            kind.recording, kind.guard = self._recorded(function, batch, options, before.tensors, networks)
+            if before.has_drawn():
+                raise RefusedError("it draws random numbers of Python or numpy")
+        except Exception as error:
+            self._put_back(before, known)
+            refused = isinstance(error, RefusedError)  # anything else is the function's fault; it will say so where it runs
+            kind.forget(str(error) if refused else f"a {type(error).__name__} while it was recorded", LONGEST_WAIT)
+            return
+        kind.verified, kind.look, kind.reason, kind.means = False, self._look, "it has run once", self._called
+        if isinstance(kind.recording.replay, Replay):
+            expected = self._results(kind.recording, before.tensors)
+            before.restore(keep_adam=True)
+            old = {*map(memory, before.tensors)}
+            for tensor in self._state(networks):
+                if memory(tensor) not in old:  # the state of an optimizer before its first step, or a new sum
+                    tensor.zero_()
+            if not self._again(kind) or not self._agrees(kind, expected, before.tensors):
+                self._put_back(before, known)
+        else:
+            kind.recording.replay()  # capturing does not execute
+        self._limit_recordings()
+
+    def _put_back(self, before: Snapshot, known: set[Hashable]) -> None:
+        before.restore()
+        for key in self._means.keys() - known:
+            del self._means[key]
+
+    def _recorded(
+        self,
+        function: Function,
+        batch: tuple[Any, ...],
+        options: tuple[Hashable, ...],
+        state: Sequence[th.Tensor],
+        networks: Mapping[str, Network],
+    ) -> tuple[Recording, Guard]:
+        steps = [tensor for network in networks.values() for tensor in self._steps_of(network).tensors()]
+        inputs = Inputs(as_tensors(batch, self.device), self.device)
+        modules = modules_in(vars(self._owner).values())
+        helpers = [(helper, dict(vars(helper))) for module in modules for helper in helpers_of(module)]
+        others = tensors_of_helpers(modules)
+        tape = Tape([*state, *others, *steps], inputs.tensors)
+        reads: dict[str, Any] = {}
+        self._used = {}
+        if networks:
+            self._tape = tape
+        run = self._function(function, bool(networks))
+        try:
+            with noted_reads(self._owner, reads.setdefault):
+                if self.device.type == "cuda":
+                    graph = Graph(lambda: run(inputs.batch, *options))
+                    replay: Replay | Graph = graph
+                    outputs = graph.outputs
+                    if tape.operations:
+                        raise RefusedError("an optimizer that is not Adam")
+                else:
+                    with tape.recording():
+                        outputs = run(inputs.batch, *options)
+                    outputs = {name: value.detach() for name, value in outputs.items()}
+                    replay = Replay(tape, outputs, self._rounding and bool(networks))
+        finally:
+            if networks:
+                self._tape = None
+        attributes = []
+        for helper, held in helpers:
+            for name, value in vars(helper).items():
+                if isinstance(value, th.Tensor) and value is not held.get(name) and tape.has_made(value):
+                    attributes.append((vars(helper), name, value.detach()))
+        gradients = [(p, p.grad) for network in self._used.values() for p in network.parameters]
+        used = {memory(tensor) for operation in tape.operations for tensor in tensors(operation[1:])}
+        guard = Guard(self._owner, reads, self._used, None if isinstance(replay, Graph) else used)
+        return Recording(replay, inputs, outputs, gradients, attributes), guard
+
+    def _verify(
+        self,
+        kind: Kind,
+        function: Function,
+        batch: tuple[Any, ...],
+        options: tuple[Hashable, ...],
+        networks: Mapping[str, Network],
+    ) -> None:
+        """Run the function and replay it from the same state, for another batch than the recorded one."""
+        assert kind.recording is not None
+        recording = kind.recording
+        before = Snapshot(self._state(networks), self.device, [network.optimizer for network in networks.values()])
+        outputs = self._function(function, bool(networks))(as_tensors(batch, self.device), *options)
+        gradients = [th.zeros_like(p) if p.grad is None else p.grad for p, place in recording.gradients if place is not None]
+        parts = [*outputs.values()], gradients, before.tensors
+        expected = [[tensor.detach().clone() for tensor in part] for part in parts]
+        before.restore(keep_adam=True)
+        recording.inputs.fill(filled(batch))
+        if self._again(kind) and self._agrees(kind, expected, before.tensors):
+            kind.verified = True
+        else:
+            before.restore(keep_adam=True)
+
+    @staticmethod
+    def _again(kind: Kind) -> bool:
+        """Replay; without success the recording is forgotten."""
+        assert kind.recording is not None
+        try:
+            done = kind.recording.again()
+        except Exception as error:  # an operation that does something else without gradients
+            kind.forget(f"a {type(error).__name__} in a replay", LONGEST_WAIT)
+            return False
+        if not done:
+            kind.forget("PyTorch's distributions refuse what they are given", 0)
+        return done
+
+    def _function(self, function: Function, trains: bool) -> Callable[..., Values]:
+        """The function, with what is logged of it if it trains networks."""
+        if trains:
+            return lambda batch, *options: self._call(function, batch, options)
+        return lambda batch, *options: function(batch, *options) or {}
+
+    @staticmethod
+    def _results(recording: Recording, state: Sequence[th.Tensor]) -> list[list[th.Tensor]]:
+        gradients = [gradient for _, gradient in recording.gradients if gradient is not None]
+        return [[tensor.detach().clone() for tensor in part] for part in ([*recording.outputs.values()], gradients, state)]
+
+    def _agrees(self, kind: Kind, expected: Sequence[Sequence[th.Tensor]], state: Sequence[th.Tensor]) -> bool:
+        """Whether a replay came to what the function did; without that it is forgotten."""
+        assert kind.recording is not None
+        apart = max(map(difference, self._results(kind.recording, state), expected))
+        if apart > TOLERANCE:
+            kind.forget(f"a replay differs from the function by {apart:.1e} of a result's norm", LONGEST_WAIT)
+        return apart <= TOLERANCE
+
+    def _limit_recordings(self) -> None:
+        recorded = [kind for kind in self._kinds.values() if kind.recording is not None]
+        for kind in recorded[:-MOST_RECORDINGS]:
+            kind.forget("others were used later", WARM_UP)
+
+
+def _tensors_in_value(value: Any) -> list[th.Tensor]:
+    """The tensors of an attribute that is a tensor, or a list or dict of some, and of the objects in it."""
+    inside = [part for found in objects_in(value) for part in vars(found).values()]
+    return [
+        tensor for part in (value, *inside) if isinstance(part, (th.Tensor, list, tuple, dict)) for tensor in tensors(part)
+    ]
