@@ -336,6 +336,28 @@ def test_a_late_refusal_leaves_no_trace(late: Any, optimizer: str, steps_before:
         assert mine[3] == expected[3]
 
 
+class Recurrent(nn.Module):
+    """Its operation keeps for the backward pass what a replay, which has none, does not make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(3, 2, batch_first=True)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        result: th.Tensor = self.layer(x.unsqueeze(1))[0][:, 0]
+        return result
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_replay_that_fails_leaves_no_trace(optimizer: str) -> None:
+    ours, theirs = (Learner(Recurrent, OPTIMIZERS[optimizer], enabled=enabled) for enabled in (True, False))
+    for step in range(4):
+        logs = [one.train([step]) for one in (ours, theirs)]
+        assert logs[0] == logs[1]
+        assert_same(ours.state(), theirs.state())
+    assert ours.engine.report()["update"].startswith("ordinary: ")
+
+
 class Failing(Learner):
     """Fails when it is told to."""
 

@@ -542,7 +542,6 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "weight norm": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Linear(5, 1)), (6, 4)),
     "transformer": (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.1, batch_first=True), (3, 5, 4)),
-    "lstm": (lambda: Recurrent(nn.LSTM), (3, 5, 4)),
     "gru": (lambda: Recurrent(nn.GRU), (3, 5, 4)),
     "rnn": (lambda: Recurrent(nn.RNN), (3, 5, 4)),
     "lstm cell": (lambda: nn.LSTMCell(4, 5), (6, 4)),
