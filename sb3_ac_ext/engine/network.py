@@ -12,7 +12,7 @@ from stable_baselines3.common.utils import polyak_update, update_learning_rate
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from sb3_ac_ext.engine.tape import Tape, tensors
+from sb3_ac_ext.engine.tape import RefusedError, Tape, tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 """The names of Adam's moments in its state."""
@@ -69,10 +69,11 @@ class Steps:
         self.parameters = network.parameters
         first = self.parameters[0]
         self.flat: th.Tensor | None = None
-        if all(p.dtype == first.dtype and p.device == first.device for p in self.parameters):
+        if all(p.dtype == first.dtype and p.device == first.device and _is_dense(p) for p in self.parameters):
             self.flat = th.zeros(sum(p.numel() for p in self.parameters), dtype=first.dtype, device=first.device)
             views = self.flat.split([p.numel() for p in self.parameters])
-            self.gradients = [view.view(p.shape) for view, p in zip(views, self.parameters, strict=True)]
+            pairs = zip(views, self.parameters, strict=True)
+            self.gradients = [view.as_strided(p.shape, p.stride(), view.storage_offset()) for view, p in pairs]
         else:
             self.gradients = [th.zeros_like(p) for p in self.parameters]
         self.rate = th.zeros((), dtype=th.float64 if first.device.type == "cpu" else th.float32, device=first.device)
@@ -106,6 +107,11 @@ class Steps:
         """What a recording may read and write."""
         own = [self.rate, *self.gradients]
         return own if self.counts is None else [*own, self.counts]
+
+
+def _is_dense(tensor: th.Tensor) -> bool:
+    """Whether a tensor's numbers fill its piece of memory, in whatever order."""
+    return tensor.numel() == 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def is_adam(optimizer: th.optim.Optimizer) -> bool:
@@ -192,12 +198,15 @@ def recorded_differentiate(loss: th.Tensor, networks: Sequence[tuple[Network, St
     if wanted and loss.requires_grad:
         gradients = th.autograd.grad(loss, [parameter for parameter, _ in wanted], allow_unused=True)
     found = {id(p): g for (p, _), g in zip(wanted, gradients, strict=True)}
+    placed: set[int] = set()
     with th.no_grad():
         for parameter, place in pairs:
-            gradient = found.get(id(parameter))
-            parameter.grad = None if gradient is None else place
-            if gradient is not None:
-                place.copy_(gradient)
+            if id(parameter) not in placed:  # one that networks share has one gradient
+                placed.add(id(parameter))
+                gradient = found.get(id(parameter))
+                parameter.grad = None if gradient is None else place
+                if gradient is not None:
+                    place.copy_(gradient)
 
 
 def recorded_step(network: Network, steps: Steps, tape: Tape) -> th.Tensor:
@@ -211,7 +220,8 @@ def recorded_step(network: Network, steps: Steps, tape: Tape) -> th.Tensor:
     """
     trained = [(p, p.grad) for p in network.parameters if p.grad is not None]
     gradients = [gradient for _, gradient in trained]
-    flat = steps.flat if len(trained) == len(network.parameters) else None
+    whole = all(p.grad is place for p, place in zip(network.parameters, steps.gradients, strict=True))
+    flat = steps.flat if whole else None
     with th.no_grad():
         if not gradients:
             return steps.rate.new_zeros(())
@@ -226,6 +236,8 @@ def recorded_step(network: Network, steps: Steps, tape: Tape) -> th.Tensor:
         decay(network, [p.grad for p in network.parameters])
         if is_adam(network.optimizer):
             _fused_adam(network, steps, tape)
+        elif not type(network.optimizer).__module__.startswith("torch.optim"):
+            raise RefusedError(f"a {type(network.optimizer).__name__}, which may do anything in a step")
         else:
             tape.call(partial(_plain_step, network.optimizer, trained))
     return norm
