@@ -829,7 +829,6 @@ OTHER = th.ones(4)
         (lambda x: x + nn.Parameter(th.ones(4)), None),
         (lambda x: F.one_hot(x.long().abs()), "counts the classes"),
     ],
-    ids=str,
 )
 def test_refusals(function: Callable[[th.Tensor], Any], match: str | None) -> None:
     if match is None:  # what the function makes is its own
