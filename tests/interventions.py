@@ -117,7 +117,7 @@ def number(name: str, start: float, value: float, rows: tuple[str, ...], *, arra
     def enter(how: str, do: Callable[[Subject], None], before: Callable[[Subject], None] | None = None) -> None:
         title = f"{name} {how}"
         sb3 = known and not how.endswith("array")  # which rounds otherwise, as it is of float64
-        INTERVENTIONS[title] = Intervention(title, do, rows=rows, before=before, sb3=sb3, family=name, **kwargs)
+        INTERVENTIONS[title] = Intervention(title, do, rows=rows, before=before, sb3=sb3, **kwargs)
 
     def setter(kind: Callable[[Any], Any], number: float) -> Callable[[Subject], None]:
         return lambda subject: setattr(owner(subject), attribute, kind(number))
@@ -259,7 +259,7 @@ def gradient_steps(subject: Subject) -> None:
     subject.model.gradient_steps = (3, 1)[subject.turn]
 
 
-@intervention(variant="dropout", rows=ONE_AGENT)
+@intervention(variant="dropout", rows=ONE_AGENT, draws=True)
 def number_of_a_layer(subject: Subject) -> None:
     for layer in subject.model.policy.modules():
         if isinstance(layer, nn.Dropout):
@@ -402,7 +402,7 @@ def tied_streams(subject: Subject) -> None:
         critic.qf1[0].weight = critic.qf0[0].weight
 
 
-@intervention(rows=ONE_AGENT)
+@intervention(rows=ONE_AGENT, draws=True)
 def spectral_norm(subject: Subject) -> None:
     """Its buffers change with every forward pass in training mode."""
     for critic in (subject.model.critic, subject.model.critic_target):
@@ -784,7 +784,7 @@ def without_a_mode(self: Any, mode: bool) -> None:
     """In place of ``set_training_mode``."""
 
 
-@intervention(variant="dropout", rows=ONE_AGENT)
+@intervention(variant="dropout", rows=ONE_AGENT, draws=True)
 def evaluation_mode_for_good(subject: Subject) -> None:
     subject.model.policy.set_training_mode(False)
     subject.model.policy.set_training_mode = types.MethodType(without_a_mode, subject.model.policy)

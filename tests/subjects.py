@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from models import ON_POLICY, SB3, environment, small_model
+from models import DRAWS_LESS, ON_POLICY, SB3, environment, small_model
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import recursive_getattr
 from torch import nn
 
-WARM_UP, BEFORE, DRAWN, AFTER = 10, 14, 6, 24
+WARM_UP, BEFORE, DRAWN, AFTER = 10, 10, 6, 14
 """Steps without updates, with them before an intervention, those that its step is drawn from, and with updates after it."""
-TURN = 8
+TURN = 6
 """Steps between the turns of an intervention that has several."""
 OFF_POLICY = ("td3x", "ddpgx", "sacx", "maddpg")
 ONE_AGENT = ("td3x", "ddpgx", "sacx")
@@ -184,10 +184,10 @@ class Intervention:
     """Whether SB3's classes do the same, where the row has one."""
     before: Callable[[Subject], None] | None = None
     """What is done before training."""
+    draws: bool = False
+    """Whether it depends on what PyTorch's generator gives."""
     turns: int = 1
     ways: tuple[str, ...] = WAYS
-    family: str | None = None
-    """Those of one family do the same in other ways, and by default one of them is tested."""
     error: type[Exception] | None = None
     """What training raises then."""
 
@@ -212,7 +212,7 @@ class Outcome:
     trajectory: list[th.Tensor] = field(default_factory=list)
     parameters: dict[str, Any] = field(default_factory=dict)
     predictions: list[np.ndarray] = field(default_factory=list)
-    drawn: list[float] = field(default_factory=list)
+    drawn: dict[str, float] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     error: type[Exception] | None = None
 
@@ -253,7 +253,7 @@ def observe(subject: Subject, error: type[Exception] | None) -> Outcome:
     if error is not None:
         return outcome
     outcome.trajectory.append(numbers(model))
-    outcome.drawn = [th.rand(1).item(), float(np.random.random()), random.random()]
+    outcome.drawn = {"torch": th.rand(1).item(), "numpy": float(np.random.random()), "python": random.random()}
     outcome.parameters = copy.deepcopy({name: value for name, value in model.get_parameters().items() if name != "policy"})
     batches = (observations(model.observation_space), observations(model.observation_space, 3))
     for batch, deterministic in itertools.product(batches, (True, False)):
@@ -282,6 +282,19 @@ def assert_same_state(actual: Any, expected: Any, atol: float) -> None:
         th.testing.assert_close(actual, expected, rtol=0, atol=atol)
     else:
         assert actual == expected
+
+
+def assert_sb3s(actual: Outcome, theirs: Outcome, row: str, atol: float = 0.0) -> None:
+    """The parameters at every step, the numbers drawn next, and predictions."""
+    assert actual.error is theirs.error
+    for step, (one, other) in enumerate(zip(actual.trajectory, theirs.trajectory, strict=True)):
+        departure = (one - other).abs().max().item()
+        assert departure <= atol, f"departs by {departure:.1e} with the updates of step {step}"
+    left_out = {"torch"} if row == DRAWS_LESS else set()
+    for generator in theirs.drawn.keys() - left_out:
+        assert actual.drawn[generator] == theirs.drawn[generator], generator
+    for prediction, wanted in zip(actual.predictions, theirs.predictions, strict=True):
+        np.testing.assert_allclose(prediction, wanted, rtol=0, atol=atol)
 
 
 def assert_same(actual: Outcome, expected: Outcome, atol: float, when: Any = "never") -> None:
