@@ -25,7 +25,8 @@ class Engine(Recorder):
     and hashable options, is written in plain PyTorch, and returns a dict of tensors or None. It trains networks by `minimise`
     (or `differentiate` and `step`) and moves targets by `follow`. Its effects are those on tensors alone, as a replay runs no
     Python. Whatever it reads from its owner may change at any time: the engine looks before it replays, and takes the
-    ordinary path where it does not understand something; `report` says where, and why. ::
+    ordinary path where it does not understand something; `report` says where, and why. Numbers in globals and closures are
+    taken as constants. ::
 
         class Regression:
             def __init__(self) -> None:

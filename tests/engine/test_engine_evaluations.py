@@ -350,19 +350,9 @@ class Likely(Learner):
         return {"loss": loss}
 
 
-class LikelyLate(Learner):
-    """The distribution comes after the step."""
-
-    def update(self, batch: Batch, delayed: bool = True) -> Values:
-        outputs = super().update((batch[1] @ th.ones(2, 3), batch[1]))
-        outputs["likely"] = th.distributions.Normal(batch[0], 1.0).log_prob(th.zeros(3)).mean()
-        return outputs
-
-
-@pytest.mark.parametrize("cls", [Likely, LikelyLate])
-def test_updates_with_what_distributions_refuse(cls: type[Learner]) -> None:
-    """The error is the function's, and what it did before is done once; where it is recorded, verified and replayed."""
-    ours, theirs = cls(), cls(enabled=False)
+def test_updates_with_what_distributions_refuse() -> None:
+    """The error is the function's, before anything has changed; where it is recorded, verified and replayed."""
+    ours, theirs = Likely(), Likely(enabled=False)
     for wrong in (0, 1, 2, 5):
         for one in (ours, theirs):
             for step in range(6):

@@ -1,9 +1,7 @@
 """What a list of operations cannot do again is refused, without a trace: everything is as if the function had run once."""
 
 import copy
-import io
 import math
-import pickle
 import random
 from collections.abc import Callable
 from typing import Any
@@ -56,17 +54,6 @@ def spoken(x: th.Tensor) -> float:
     return float(f"{x.mean():.3f}")
 
 
-def pickled(x: th.Tensor) -> Any:
-    return pickle.loads(pickle.dumps(x.detach())).mean()
-
-
-def saved(x: th.Tensor) -> Any:
-    file = io.BytesIO()
-    th.save(x.detach(), file)
-    file.seek(0)
-    return th.load(file).mean()
-
-
 VALUES: dict[str, Term] = {
     "item": lambda x: x.mean().item(),
     "float": lambda x: float(x.mean()),
@@ -89,8 +76,6 @@ VALUES: dict[str, Term] = {
     "text": lambda x: float(str(x[0, 0])[7:12]),
     "representation": lambda x: float(repr(x[0, 0])[7:12]),
     "deepcopy": lambda x: copy.deepcopy(x).mean(),
-    "pickle": pickled,
-    "save": saved,
     "deepcopy of values": lambda x: copy.deepcopy(x.tolist())[0][0],
     "if": branches,
     "while": grows,
