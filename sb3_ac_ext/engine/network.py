@@ -98,7 +98,9 @@ class Steps:
         counts = [state["step"] for state in states]
         bound = len(counts) == len(self._count_views) and all(map(operator.is_, counts, self._count_views))
         if states and is_adam(network.optimizer) and not bound:
-            self.counts = th.stack([count.to(th.float32) for count in counts])
+            self.counts = th.stack(
+                [count.to(self.rate.device, th.float32) for count in counts]
+            )  # the fused step wants them there
             self._count_views = self.counts.unbind()
             for state, count in zip(states, self._count_views, strict=True):
                 state["step"] = count
@@ -257,7 +259,7 @@ def _start_adam(network: Network) -> None:
             if p.grad is not None and not network.optimizer.state.get(p):
                 moments = MOMENTS[: 3 if group["amsgrad"] else 2]
                 zeros = {name: th.zeros_like(p, memory_format=th.preserve_format) for name in moments}
-                network.optimizer.state[p] = {"step": th.zeros((), dtype=th.get_default_dtype()), **zeros}
+                network.optimizer.state[p] = {"step": th.zeros((), dtype=th.get_default_dtype(), device=p.device), **zeros}
 
 
 def _fused_adam(network: Network, steps: Steps, tape: Tape) -> None:
