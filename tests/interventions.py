@@ -713,25 +713,30 @@ def prediction_of_the_model(subject: Subject) -> None:
     subject.model.predict = lambda *args, **kwargs: (0.5 * original(*args, **kwargs)[0], None)
 
 
+def compiled(subject: Subject, function: Callable[..., Any]) -> Any:
+    """The compiler switches the validation of distributions off in the whole process."""
+    subject.undo.callback(th.distributions.Distribution.set_default_validate_args, True)
+    subject.undo.callback(th.compiler.reset)
+    return th.compile(function, backend="eager")
+
+
 COMPILED: dict[str, Any] = {"acts": False, "ways": ("callback",)}
 """Once is enough, it takes a while."""
 
 
 @intervention(**COMPILED)
 def compiled_critic(subject: Subject) -> None:
-    subject.undo.callback(th.compiler.reset)
-    subject.model.critic.forward = th.compile(subject.model.critic.forward, backend="eager")
+    subject.model.critic.forward = compiled(subject, subject.model.critic.forward)
 
 
 @intervention(**COMPILED, rows=("td3x",))
 def compiled_actor(subject: Subject) -> None:
-    subject.undo.callback(th.compiler.reset)
-    subject.model.actor.forward = th.compile(subject.model.actor.forward, backend="eager")
+    subject.model.actor.forward = compiled(subject, subject.model.actor.forward)
 
 
 @intervention(**COMPILED, rows=("td3x",))
 def compiled_in_place(subject: Subject) -> None:
-    subject.undo.callback(th.compiler.reset)
+    compiled(subject, th.relu)  # what it leaves set is put back
     subject.model.critic.compile(backend="eager")
 
 
