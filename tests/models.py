@@ -25,9 +25,6 @@ Row = AlgoSpec | str | type[BaseAlgorithm]
 SB3: dict[str, type[BaseAlgorithm]] = {"td3x": TD3, "ddpgx": DDPG, "sacx": SAC}
 """What a row equals with its extras at their defaults."""
 
-DRAWS_LESS = "ddpgx"
-"""The row that does not draw SB3's smoothing noise of size 0: what PyTorch's generator gives later differs, nothing else."""
-
 ON_POLICY = ("ppox", "trpox", "acktr", "reinforce", "ac")
 """Rows that still have layers and optimizers of their own; what plain PyTorch modules promise is not yet promised for them."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from models import DRAWS_LESS, ON_POLICY, SB3, environment, small_model
+from models import ON_POLICY, SB3, environment, small_model
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import recursive_getattr
 from torch import nn
@@ -284,14 +284,13 @@ def assert_same_state(actual: Any, expected: Any, atol: float) -> None:
         assert actual == expected
 
 
-def assert_sb3s(actual: Outcome, theirs: Outcome, row: str, atol: float = 0.0) -> None:
+def assert_sb3s(actual: Outcome, theirs: Outcome, atol: float = 0.0) -> None:
     """The parameters at every step, the numbers drawn next, and predictions."""
     assert actual.error is theirs.error
     for step, (one, other) in enumerate(zip(actual.trajectory, theirs.trajectory, strict=True)):
         departure = (one - other).abs().max().item()
         assert departure <= atol, f"departs by {departure:.1e} with the updates of step {step}"
-    left_out = {"torch"} if row == DRAWS_LESS else set()
-    for generator in theirs.drawn.keys() - left_out:
+    for generator in theirs.drawn:
         assert actual.drawn[generator] == theirs.drawn[generator], generator
     for prediction, wanted in zip(actual.predictions, theirs.predictions, strict=True):
         np.testing.assert_allclose(prediction, wanted, rtol=0, atol=atol)

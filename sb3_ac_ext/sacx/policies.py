@@ -110,6 +110,8 @@ def _part(optimizer: th.optim.Optimizer, share: set[int]) -> th.optim.Optimizer 
         return None
     part = copy.copy(optimizer)
     vars(part).update(vars(optimizer))  # what a class of the user's has besides
+    for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        setattr(part, name, getattr(optimizer, name).copy())
     part.param_groups = [group for group in groups if group["params"]]
     part.state = defaultdict(dict, {p: optimizer.state[p] for p in parameters if p in optimizer.state})
     return part
