@@ -101,7 +101,7 @@ class LateActionCritic(ContinuousCritic):
     def _hidden(self, state_layers: nn.Sequential, features: th.Tensor) -> th.Tensor:
         """What the state layers make of the features, on the running statistics in training too."""
         if not (self.batch_norm and self.training):
-            return state_layers(features)  # type: ignore[no-any-return]
+            return state_layers(features)  # type: ignore[no-any-return]  # of a Sequential
         hidden = features
         for layer in state_layers:
             if isinstance(layer, nn.BatchNorm1d):

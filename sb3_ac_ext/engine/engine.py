@@ -283,4 +283,4 @@ class Engine(Recorder):
 def _signature(value: Any) -> Hashable:
     if isinstance(value, (th.Tensor, np.ndarray)):
         return value.shape, value.dtype
-    return value  # type: ignore[no-any-return]
+    return value  # type: ignore[no-any-return]  # what an option is, hashable

@@ -168,7 +168,7 @@ class Recorder(Closed):
             return
         for network in networks.values():
             self._steps_of(network).bind(network)
-        before = Snapshot(self._state(networks), self.device, [network.optimizer for network in networks.values()])
+        before = self._snapshot(networks)
         known = set(self._means)
         try:
             kind.recording, kind.guard = self._recorded(function, batch, options, before.tensors, networks)
@@ -182,7 +182,7 @@ class Recorder(Closed):
         kind.verified, kind.look, kind.reason, kind.means = False, self._look, "it has run once", self._called
         if isinstance(kind.recording.replay, Replay):
             expected = self._results(kind.recording, before.tensors)
-            before.restore(keep_adam=True)
+            before.restore(keep_adam=True, undo=False)
             old = {*map(memory, before.tensors)}
             for tensor in self._state(networks):
                 if memory(tensor) not in old:  # the state of an optimizer before its first step, or a new sum
@@ -192,6 +192,10 @@ class Recorder(Closed):
         else:
             kind.recording.replay()  # capturing does not execute
         self._limit_recordings()
+
+    def _snapshot(self, networks: Mapping[str, Network]) -> Snapshot:
+        modules = modules_in(vars(self._owner).values())
+        return Snapshot(self._state(networks), self.device, [n.optimizer for n in networks.values()], modules)
 
     def _put_back(self, before: Snapshot, known: set[Hashable]) -> None:
         before.restore()
@@ -254,12 +258,12 @@ class Recorder(Closed):
         """Run the function and replay it from the same state, for another batch than the recorded one."""
         assert kind.recording is not None
         recording = kind.recording
-        before = Snapshot(self._state(networks), self.device, [network.optimizer for network in networks.values()])
+        before = self._snapshot(networks)
         outputs = self._function(function, bool(networks))(as_tensors(batch, self.device), *options)
         gradients = [th.zeros_like(p) if p.grad is None else p.grad for p, place in recording.gradients if place is not None]
         parts = [*outputs.values()], gradients, before.tensors
         expected = [[tensor.detach().clone() for tensor in part] for part in parts]
-        before.restore(keep_adam=True)
+        before.restore(keep_adam=True, undo=False)
         recording.inputs.fill(filled(batch))
         if self._again(kind) and self._agrees(kind, expected, before.tensors):
             kind.verified = True

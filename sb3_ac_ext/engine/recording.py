@@ -190,14 +190,23 @@ class Snapshot:
     :param tensors: that it may change
     :param device: whose random state it may advance
     :param optimizers: that may step
+    :param modules: that may count something in an attribute
     """
 
-    def __init__(self, tensors: Sequence[th.Tensor], device: th.device, optimizers: Sequence[th.optim.Optimizer] = ()) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[th.Tensor],
+        device: th.device,
+        optimizers: Sequence[th.optim.Optimizer] = (),
+        modules: Sequence[nn.Module] = (),
+    ) -> None:
         self.tensors, self._device = tensors, device
         with th.no_grad():
             self._values = [tensor.detach().clone() for tensor in tensors]
         self._random = th.get_rng_state(), th.cuda.get_rng_state(device) if device.type == "cuda" else None
         self._others = _random_states()
+        places = [*map(vars, modules)]
+        self._numbers = [(place, {name: v for name, v in place.items() if isinstance(v, (int, float))}) for place in places]
         self._states = [(o, {p: dict(state) for p, state in o.state.items()}) for o in optimizers]
 
     def has_drawn(self) -> bool:
@@ -205,11 +214,12 @@ class Snapshot:
         (ours, numpys), (now, numpys_now) = self._others, _random_states()
         return bool(ours != now or numpys[2:] != numpys_now[2:] or (numpys[1] != numpys_now[1]).any())
 
-    def restore(self, *, keep_adam: bool = False) -> None:
+    def restore(self, *, keep_adam: bool = False, undo: bool = True) -> None:
         """
         Put everything back.
 
         :param keep_adam: whether the state that Adam has made since stays, with its numbers as they are
+        :param undo: whether the function counts as not having run, for modules that count its runs
         """
         with th.no_grad():
             for tensor, value in zip(self.tensors, self._values, strict=True):
@@ -217,6 +227,8 @@ class Snapshot:
         th.set_rng_state(self._random[0])
         if self._random[1] is not None:
             th.cuda.set_rng_state(self._random[1], self._device)
+        for place, numbers in self._numbers if undo else ():
+            place.update(numbers)
         random.setstate(self._others[0])
         np.random.set_state(self._others[1])  # noqa: NPY002 (the one that SB3 seeds)
         for optimizer, states in self._states:
