@@ -19,12 +19,12 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ac_ext.base.arguments import check_policy_class
-from sb3_ac_ext.base.on_policy import OnPolicyMixin
 from sb3_ac_ext.base.typing import ActingKwargs, constructor_keys
-from sb3_ac_ext.buffers.rollouts import Samples, column
-from sb3_ac_ext.functional.returns import episode_discounts
-from sb3_ac_ext.functional.surrogates import normalized, policy_gradient, squared_error
 from sb3_ac_ext.legacy.actor_critic import PARTS, SEPARATE_POLICIES, ActorCritic, MlpPolicy
+from sb3_ac_ext.legacy.on_policy import OnPolicyMixin
+from sb3_ac_ext.legacy.returns import episode_discounts
+from sb3_ac_ext.legacy.rollouts import Samples, column
+from sb3_ac_ext.legacy.surrogates import normalized, policy_gradient, squared_error
 from sb3_ac_ext.validation import check_keys, check_number, check_switch
 
 

@@ -26,18 +26,18 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import nn
 
 from sb3_ac_ext.base.checkpoint import split_optimizer_state
-from sb3_ac_ext.base.on_policy import OnPolicyMixin
 from sb3_ac_ext.base.typing import OnPolicyKwargs
-from sb3_ac_ext.buffers.rollouts import Samples, minibatches
 from sb3_ac_ext.functional.natural_gradient import (
     backtracking_line_search,
     flatten,
     natural_step,
     unflatten,
 )
-from sb3_ac_ext.functional.surrogates import normalized, squared_error, surrogate
 from sb3_ac_ext.legacy.actor_critic import POLICIES, Evaluation, MlpPolicy
 from sb3_ac_ext.legacy.descent import constant, parameters_of
+from sb3_ac_ext.legacy.on_policy import OnPolicyMixin
+from sb3_ac_ext.legacy.rollouts import Samples, minibatches
+from sb3_ac_ext.legacy.surrogates import normalized, squared_error, surrogate
 from sb3_ac_ext.validation import check_choice, check_number, check_switch
 
 

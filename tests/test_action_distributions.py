@@ -9,7 +9,7 @@ import pytest
 import torch as th
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, kl_divergence
 
-from sb3_ac_ext.functional.action_distributions import (
+from sb3_ac_ext.legacy.action_distributions import (
     ActionDistribution,
     Bernoullis,
     Categoricals,

@@ -16,7 +16,6 @@ from torch.distributions import Bernoulli, Categorical, Independent, Normal
 from torch.distributions import Distribution as TorchDistribution
 from torch.distributions import kl_divergence as torch_kl
 
-from sb3_ac_ext.functional.action_distributions import Categoricals, Parameters
 from sb3_ac_ext.functional.natural_gradient import (
     Tensors,
     backtracking_line_search,
@@ -30,6 +29,7 @@ from sb3_ac_ext.functional.natural_gradient import (
     trust_region_scale,
     unflatten,
 )
+from sb3_ac_ext.legacy.action_distributions import Categoricals, Parameters
 from sb3_ac_ext.legacy.fused_mlp import FusedMLP
 
 SIZES = (2, 3)

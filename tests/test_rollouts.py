@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import nn
 
 from sb3_ac_ext import PPOX
-from sb3_ac_ext.buffers.rollouts import minibatches
+from sb3_ac_ext.legacy.rollouts import minibatches
 from sb3_ac_ext.validation import NonFiniteError, UnsupportedError
 
 SMALL: dict[str, Any] = {"net_arch": [16, 16]}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_ac_ext.functional.surrogates import (
+from sb3_ac_ext.legacy.surrogates import (
     Loss,
     adapted_kl_coef,
     clipped_squared_error,

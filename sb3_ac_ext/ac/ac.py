@@ -26,13 +26,13 @@ from sb3_ac_ext.ac.arguments import check_ac_arguments, fitting_policy
 from sb3_ac_ext.ac.policies import DeterministicMlpPolicy
 from sb3_ac_ext.ac.step import Step, replaced
 from sb3_ac_ext.ac.traces import Traces
-from sb3_ac_ext.base.on_policy import truncated
-from sb3_ac_ext.base.online import ROLLOUT, OnlineMixin
 from sb3_ac_ext.base.typing import ActingKwargs, constructor_keys
 from sb3_ac_ext.functional.losses import td_target
-from sb3_ac_ext.functional.surrogates import policy_gradient, squared_error
 from sb3_ac_ext.legacy.actor_critic import SEPARATE_POLICIES, Evaluation, MlpPolicy
 from sb3_ac_ext.legacy.descent import parameters_of
+from sb3_ac_ext.legacy.on_policy import truncated
+from sb3_ac_ext.legacy.online import ROLLOUT, OnlineMixin
+from sb3_ac_ext.legacy.surrogates import policy_gradient, squared_error
 from sb3_ac_ext.validation import check_keys
 
 

@@ -28,13 +28,13 @@ from torch.nn import functional as F
 
 from sb3_ac_ext.acktr.arguments import check_acktr_arguments, check_shared_arguments
 from sb3_ac_ext.acktr.kfac_optimizer import KFAC, OPTIONS
-from sb3_ac_ext.base.on_policy import OnPolicyMixin
 from sb3_ac_ext.base.typing import OnPolicyKwargs
-from sb3_ac_ext.buffers.rollouts import Samples
 from sb3_ac_ext.functional.kfac import adapted_step_scale
-from sb3_ac_ext.functional.surrogates import normalized
 from sb3_ac_ext.legacy.actor_critic import POLICIES, MlpPolicy
 from sb3_ac_ext.legacy.descent import backward
+from sb3_ac_ext.legacy.on_policy import OnPolicyMixin
+from sb3_ac_ext.legacy.rollouts import Samples
+from sb3_ac_ext.legacy.surrogates import normalized
 
 VALUE_MAX_KL = 0.01
 """``value_max_kl`` where the argument is None."""

@@ -29,16 +29,28 @@ def check_finite(what: str, values: Any, envs: np.ndarray, env_axis: int = 0, ca
             ) from cause
 
 
-def check_rollout(algorithm: OnPolicyAlgorithm, buffer: RolloutBuffer) -> None:
+def check_rollout(algorithm: OnPolicyAlgorithm, buffer: RolloutBuffer, length: int) -> None:
     """
+    A policy may know what to do with an observation that is not finite; what it makes of it has to be finite.
+
     :param algorithm: that has collected a rollout
     :param buffer: that was filled
-    :raises NonFiniteError: if an observation or reward is not finite
+    :param length: with how many steps
+    :raises NonFiniteError: if a reward is not finite, or what the policy has said of an observation
     """
     all_envs = np.arange(algorithm.n_envs)
-    check_finite("observation", buffer.observations, all_envs, env_axis=1)
-    check_finite("reward", buffer.rewards, all_envs, env_axis=1)
-    check_finite("observation", algorithm._last_obs, all_envs)
+    check_finite("reward", buffer.rewards[:length], all_envs, env_axis=1)
+    for array in (buffer.values[:length], buffer.log_probs[:length]):
+        if not np.isfinite(array).all():
+            check_finite("observation", _rows(buffer.observations, length), all_envs, env_axis=1)
+            raise NonFiniteError(
+                f"{type(algorithm).__name__}: the policy's values or log-probabilities became non-finite; lower the learning "
+                "rate, set max_grad_norm, or normalise observations and rewards"
+            )
+
+
+def _rows(values: Any, length: int) -> Any:
+    return {name: array[:length] for name, array in values.items()} if isinstance(values, dict) else values[:length]
 
 
 @contextmanager

@@ -45,7 +45,22 @@ def critic_names(number: int) -> list[str]:
 
 
 class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
-    """Goes before the SB3 class: ``class TD3X(OffPolicyMixin, TD3)``."""
+    """
+    Goes before the SB3 class: ``class TD3X(OffPolicyMixin, TD3)``. docs/extending.md has an example.
+
+    A subclass says what it trains (`_networks`), checks its own arguments (`_check_arguments`) and runs its updates (`train`,
+    in `_updates`, on what `_sample` returns). Its constructor calls this one with ``_init_setup_model=False``, as the arguments
+    are complete only afterwards, keeps its own ones as attributes, and calls `_setup_model` last.
+
+    :param args: the SB3 class's, in its order
+    :param max_grad_norm: as in `OffPolicyKwargs`, also where the SB3 class has an argument of this name
+    :param exploration_noise: as there
+    :param warmup: as there
+    :param engine: as there
+    :param kwargs: the SB3 class's, by name
+    :raises TypeError: for an unknown argument
+    :raises UnsupportedError: for spaces that the SB3 class refuses
+    """
 
     def __init__(
         self,
@@ -85,6 +100,8 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
 
     def _check_arguments(self) -> None:
         """
+        Called by `_setup_model`, so after `load` too; a subclass adds the checks of its own arguments.
+
         :raises TypeError: if an argument has the wrong type
         :raises ValueError: if one is out of range or contradicts another
         :raises UnsupportedError: if the spaces or a combination of arguments cannot be served
@@ -144,6 +161,10 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         )
 
     def _sample(self, batch_size: int) -> Transitions:
+        """
+        :param batch_size: B
+        :return: transitions from the replay buffer, by SB3's random numbers; with the engine in memory that the next ones take
+        """
         buffer = self.replay_buffer
         assert buffer is not None
         discounts = th.as_tensor(float(self.gamma), dtype=th.float64, device=self.device)

@@ -1,8 +1,9 @@
 """What the on-policy algorithms share besides the updates: rollouts, their samples, argument checks."""
 
 import copy
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch as th
@@ -10,34 +11,45 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
-from stable_baselines3.common.utils import explained_variance
+from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ac_ext.base.arguments import check_on_policy_arguments, warn_of_endless_episodes
 from sb3_ac_ext.base.checkpoint import CheckpointMixin
 from sb3_ac_ext.base.environment_checks import check_finite, check_rollout, locate_non_finite
+from sb3_ac_ext.base.training import TrainingMixin
 from sb3_ac_ext.base.typing import constructor_keys
 from sb3_ac_ext.buffers.rollouts import Samples, fill_estimates, flattened
-from sb3_ac_ext.functional.arrays import namespace
-from sb3_ac_ext.legacy import numpy_actor_critic
-from sb3_ac_ext.legacy.acting import ActingMixin
-from sb3_ac_ext.legacy.actor_critic import ROWS, ActorCritic, Evaluation, TorchActorCritic
-from sb3_ac_ext.legacy.descent import FlatAdam, hooked
+from sb3_ac_ext.engine import Engine, Outputs
 from sb3_ac_ext.validation import check_keys, translated_assertions
 
 AUTOMATIC_BUFFERS = (RolloutBuffer, DictRolloutBuffer)
 """What SB3 chooses when no class is given, and stores in its zips as if it had been."""
+ROWS = 8192
+"""Samples that are evaluated together at most where a whole rollout is, which bounds the memory of the layers' outputs."""
 
 
-class OnPolicyMixin(ActingMixin, CheckpointMixin, OnPolicyAlgorithm):
+class Evaluation(NamedTuple):
+    """What a policy says of B samples; None where it was not asked."""
+
+    values: Any
+    """``(B,)`` V(s), in reward units."""
+    log_prob: Any
+    """``(B,)`` log pi(a|s), in nats."""
+    entropy: Any
+    """``(B,)`` H[pi(.|s)] in nats, or -log pi(a|s) where it has no closed form."""
+
+
+class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
     """Goes before the SB3 class: ``class PPOX(OnPolicyMixin, PPO)``."""
 
     rollout_limit: ClassVar[str] = "n_steps"
     """The argument that bounds the steps of each environment in a rollout."""
+    policy: ActorCriticPolicy
     rollout_buffer: RolloutBuffer
     max_grad_norm: float | dict[str, float] | None  # type: ignore[assignment]  # SB3 has one for all
-    _learner: ActorCritic
     _kept: np.ndarray | None
 
     def __init__(
@@ -54,21 +66,20 @@ class OnPolicyMixin(ActingMixin, CheckpointMixin, OnPolicyAlgorithm):
         self.rollout_episodes = rollout_episodes
         self.drop_unfinished_episodes = drop_unfinished_episodes
         self.engine = engine
-        self._torch_actor_critic: TorchActorCritic | None = None
         self._rollout_length, self._kept = 0, None
         kwargs["policy_kwargs"] = copy.copy(kwargs.get("policy_kwargs"))  # SB3 writes into it
         with translated_assertions(self):
             super().__init__(*args, **kwargs)
 
     def _setup_model(self) -> None:
+        self._check_policy_class()
         self._check_arguments()
         if self.rollout_buffer_class in AUTOMATIC_BUFFERS:
             self.rollout_buffer_class = None
         with translated_assertions(self):
             super()._setup_model()
-        self._torch_actor_critic = None
         self._make_optimizers()
-        self._setup_updates()
+        self._setup_engine()
 
     def _check_arguments(self) -> None:
         """
@@ -83,26 +94,8 @@ class OnPolicyMixin(ActingMixin, CheckpointMixin, OnPolicyAlgorithm):
     def _check_time_limit(self) -> None:
         warn_of_endless_episodes(self)
 
-    def _optimizers(self) -> dict[str, th.optim.Optimizer]:
-        return {"policy": self.policy.optimizer}
-
     def _make_optimizers(self) -> None:
         """Where an algorithm makes others than the one of SB3's policy."""
-
-    def _acting_obstacle(self) -> str | None:
-        return numpy_actor_critic.obstacle(self.policy)
-
-    def _make_numpy_actor(self) -> Any:
-        return numpy_actor_critic.NumpyActorCritic(self.policy)
-
-    def _actor_critic(self) -> ActorCritic:
-        """How the policy is evaluated now."""
-        chosen = self._choose_actor()
-        if chosen is None:
-            if self._torch_actor_critic is None or self._torch_actor_critic.policy is not self.policy:
-                self._torch_actor_critic = TorchActorCritic(self.policy)
-            chosen = self._torch_actor_critic
-        return chosen  # type: ignore[no-any-return]
 
     # Rollouts
 
@@ -112,42 +105,30 @@ class OnPolicyMixin(ActingMixin, CheckpointMixin, OnPolicyAlgorithm):
         """
         Fill the buffer, see SB3's ``OnPolicyAlgorithm.collect_rollouts``.
 
-        Values and log-probabilities are computed at the end, all at once, where nobody has replaced what computes them;
-        a callback finds None under their names.
-
         :param env: the training environments
         :param callback: asked after every step
         :param rollout_buffer: gets the samples
         :param n_rollout_steps: steps of each environment, the most of them with ``rollout="episodes"``
         :return: False if the callback stopped the training
-        :raises NonFiniteError: if an environment gave NaN or infinite numbers
+        :raises NonFiniteError: if an environment gave a reward that is not finite, or an observation of which the policy
+            makes numbers that are not
         """
-        ordinary = self._choose_actor() is None or type(rollout_buffer) is not RolloutBuffer
         with locate_non_finite(self, rollout_buffer):
-            if ordinary and self.rollout == "steps":
-                self._rollout_length, self._kept = n_rollout_steps, None
-                continue_training = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-                check_rollout(self, rollout_buffer)
-                return continue_training
             return self._collect(env, callback, rollout_buffer, n_rollout_steps)
 
     def _collect(self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> bool:
         whole_episodes = self.rollout == "episodes"
         if whole_episodes and self.drop_unfinished_episodes and not np.all(self._last_episode_starts):
             self._last_obs, self._last_episode_starts = env.reset(), np.ones(env.num_envs, dtype=bool)  # type: ignore[assignment]
-        policy, actor = self.policy, self._actor_critic()
-        policy.set_training_mode(False)
+        self._set_training_mode(False)
         rollout_buffer.reset()
-        if self.use_sde:
-            policy.reset_noise(env.num_envs)
+        self._reset_noise(0)
         callback.on_rollout_start()
-        obs_tensor = values = log_probs = None  # where callbacks look for SB3's names
-        truncations: list[tuple[int, int, Any]] = []
         n_steps, finished = 0, np.zeros(env.num_envs, dtype=int)
         while n_steps < n_rollout_steps and not (whole_episodes and self._has_enough(finished)):
-            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
-                policy.reset_noise(env.num_envs)
-            actions = actor.act(self._last_obs)
+            if n_steps > 0:
+                self._reset_noise(n_steps)
+            actions, values, log_probs = self._forward(self._last_obs)
             clipped_actions = self._within_bounds(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += env.num_envs
@@ -155,19 +136,70 @@ class OnPolicyMixin(ActingMixin, CheckpointMixin, OnPolicyAlgorithm):
             if not callback.on_step():
                 return False
             self._update_info_buffer(infos, dones)
-            self._store(rollout_buffer, n_steps, actions, rewards)
             if dones.any():
                 finished += dones
-                truncations += [(n_steps, i, obs) for i, obs in truncated(dones, infos)]
+                rewards = self._bootstrapped(rewards, dones, infos)
+            rollout_buffer.add(self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)  # type: ignore[arg-type]
             self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]  # no tuples
             n_steps += 1
-        self._rollout_length = rollout_buffer.pos = n_steps
+        self._rollout_length = n_steps
         rollout_buffer.full = True
-        values, log_probs = self._complete(rollout_buffer, actor, truncations)
+        check_rollout(self, rollout_buffer, n_steps)
+        values = self._values(self._last_obs)
+        if not values.isfinite().all():
+            check_finite("observation", self._last_obs, np.arange(self.n_envs))
+        self._estimate(rollout_buffer, values, dones)
         self._kept = self._finished(rollout_buffer) if whole_episodes and self.drop_unfinished_episodes else None
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    def _reset_noise(self, n_steps: int) -> None:
+        """
+        gSDE's noise, drawn anew at the start of a rollout and every ``sde_sample_freq`` steps, in the memory that it is in.
+
+        :param n_steps: of the rollout so far
+        """
+        if not self.use_sde or (n_steps > 0 and (self.sde_sample_freq <= 0 or n_steps % self.sde_sample_freq)):
+            return
+        noise = vars(self.policy.action_dist)
+        held = {name: noise.get(name) for name in ("exploration_mat", "exploration_matrices")}
+        self.policy.reset_noise(self.n_envs)
+        for name, memory in held.items():
+            if memory is not None and memory.shape == noise[name].shape:
+                noise[name] = memory.detach().copy_(noise[name].detach())
+
+    def _forward(self, obs: Any) -> tuple[np.ndarray, th.Tensor, th.Tensor]:
+        """
+        ``(N, ...)`` sampled actions as the distribution gives them, their values ``(N, 1)`` and log-probabilities ``(N,)``.
+        """
+        outputs = self._engine.evaluate(self._sample_actions, (obs,)) if self.engine and self.device.type == "cpu" else None
+        if outputs is not None:
+            return outputs["actions"], th.from_numpy(outputs["values"]), th.from_numpy(outputs["log_prob"])
+        with th.no_grad():
+            actions, values, log_prob = self.policy(obs_as_tensor(obs, self.device))
+        return actions.cpu().numpy(), values, log_prob
+
+    def _sample_actions(self, batch: tuple[Any]) -> dict[str, th.Tensor]:
+        with self._acting_lock:
+            actions, values, log_prob = self.policy(batch[0])
+        return {"actions": actions, "values": values, "log_prob": log_prob}
+
+    def _values(self, obs: Any) -> th.Tensor:
+        """``(N, 1)`` V of what the environments show."""
+        with th.no_grad():
+            return self.policy.predict_values(obs_as_tensor(obs, self.device))
+
+    def _bootstrapped(self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+        """``(N,)`` rewards, with what the last observation of a truncated episode is worth."""
+        rewards = np.array(rewards)
+        for i, obs in truncated(dones, infos):
+            with th.no_grad():
+                value = self.policy.predict_values(self.policy.obs_to_tensor(obs)[0]).item()
+            if not np.isfinite(value):
+                check_finite("last observation of an episode", obs, np.full(len(np.shape(obs)) + 1, i))
+            rewards[i] += self.gamma * value
+        return rewards
 
     def _has_enough(self, finished: np.ndarray) -> bool:
         """Whether a rollout of episodes is complete once ``(N,)`` of them have ended."""
@@ -182,41 +214,12 @@ class OnPolicyMixin(ActingMixin, CheckpointMixin, OnPolicyAlgorithm):
             return np.asarray(self.policy.unscale_action(actions))
         return np.asarray(np.clip(actions, space.low, space.high))
 
-    def _store(self, buffer: RolloutBuffer, step: int, actions: np.ndarray, rewards: np.ndarray) -> None:
-        obs: Any = self._last_obs
-        for name, value in obs.items() if isinstance(obs, dict) else (("", obs),):
-            places: Any = buffer.observations[name] if name else buffer.observations
-            places[step] = value.reshape(places[step].shape)
-        buffer.actions[step] = actions.reshape(self.n_envs, -1)
-        buffer.rewards[step] = rewards
-        buffer.episode_starts[step] = self._last_episode_starts
-
-    @np.errstate(over="ignore", invalid="ignore")  # silent as PyTorch
-    def _complete(
-        self, buffer: RolloutBuffer, actor: ActorCritic, truncations: list[tuple[int, int, Any]]
-    ) -> tuple[th.Tensor, th.Tensor]:
-        """Everything that follows from observations, actions and rewards; returns what SB3 calls values and log_probs then."""
-        check_rollout(self, buffer)
-        length, gamma = self._rollout_length, self.gamma
-        if truncations:
-            steps, envs, last = (list(column) for column in zip(*truncations, strict=True))
-            keys = last[0].keys() if isinstance(last[0], dict) else ()
-            stacked = {key: np.stack([obs[key] for obs in last]) for key in keys} if keys else np.stack(last)
-            check_finite("last observation of an episode", stacked, np.array(envs))
-            buffer.rewards[steps, envs] += gamma * actor.values(stacked)
-        samples = flattened(buffer, length, None, actor)
-        with th.no_grad():
-            evaluations = [actor.evaluate(part.observations, part.actions) for part in _pieces(samples)]
-        self._put(buffer.values, [evaluation.values for evaluation in evaluations])
-        self._put(buffer.log_probs, [evaluation.log_prob for evaluation in evaluations])
-        last_values = actor.values(self._last_obs)
-        fill_estimates(buffer, length, last_values, np.asarray(self._last_episode_starts))
-        return th.as_tensor(last_values)[:, None], th.as_tensor(buffer.log_probs[length - 1])
-
-    def _put(self, places: np.ndarray, parts: list[Any]) -> None:
-        """Write what was computed for samples in their flat order."""
-        flat = np.concatenate([part.cpu().numpy() if isinstance(part, th.Tensor) else part for part in parts])
-        places[: self._rollout_length] = flat.reshape(self.n_envs, self._rollout_length).T
+    def _estimate(self, buffer: RolloutBuffer, last_values: th.Tensor, dones: np.ndarray) -> None:
+        """Advantages and returns of the rollout, by the buffer itself where it is of another class than SB3's."""
+        if type(buffer) in AUTOMATIC_BUFFERS:
+            fill_estimates(buffer, self._rollout_length, last_values.cpu().numpy().flatten(), dones)
+        else:
+            buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
 
     def _finished(self, buffer: RolloutBuffer) -> np.ndarray:
         """``(T, N)`` which samples belong to episodes that ended within the rollout."""
@@ -230,62 +233,66 @@ class OnPolicyMixin(ActingMixin, CheckpointMixin, OnPolicyAlgorithm):
             )
         return kept
 
-    def _samples(self) -> Samples:
-        """The rollout, as the policy takes it now."""
-        return flattened(self.rollout_buffer, self._rollout_length, self._kept, self._actor_critic())
-
     # Updates
+
+    def _samples(self) -> Samples:
+        """The rollout."""
+        return flattened(self.rollout_buffer, self._rollout_length, self._kept)
+
+    def _evaluate(self, samples: Any, policy: bool = True, value: bool = True) -> Evaluation:
+        """
+        :param samples: B of a rollout
+        :param policy: whether the distribution of actions is wanted
+        :param value: whether V is
+        :return: what the policy says of them now
+        """
+        values: Any = None
+        log_prob: Any = None
+        entropy: Any = None
+        if policy and value:
+            values, log_prob, entropy = self.policy.evaluate_actions(samples.observations, samples.actions)
+        elif policy:
+            distribution = self.policy.get_distribution(samples.observations)
+            log_prob, entropy = distribution.log_prob(samples.actions), distribution.entropy()
+        else:
+            values = self.policy.predict_values(samples.observations)
+        if policy and entropy is None:
+            entropy = -log_prob
+        return Evaluation(None if values is None else values.flatten(), log_prob, entropy)
+
+    @th.no_grad()
+    def _over(self, samples: Samples, of: Callable[[Samples], th.Tensor]) -> th.Tensor:
+        """
+        :param samples: B of a rollout
+        :param of: what is wanted, ``(b, ...)`` of b of them
+        :return: ``(B, ...)`` the same of all of them
+        """
+        return th.cat([of(samples.at(slice(start, start + ROWS))) for start in range(0, samples.size, ROWS)])
+
+    def _run(self, function: Callable[..., Any], batch: Any, *options: Hashable) -> Outputs:
+        """``function(batch, *options)`` by the engine, recorded where batches of this size come again and again."""
+        recurs = self.rollout == "steps" or len(batch.advantages) == getattr(self, "batch_size", None)
+        return (self._engine.run if recurs else self._engine.run_plainly)(function, batch, *options)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         """A rollout may go beyond the end, and a rate that falls by the remaining progress must not become negative."""
         super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
 
-    def _begin_updates(self) -> None:
+    @contextmanager
+    def _updates(self) -> Iterator[Engine]:
+        """See `TrainingMixin._updates`."""
         self._restore_random_state()
-        super()._begin_updates()
-        if hooked(self.policy.parameters()):
-            self._numpy_actor = None  # what acts without gradients does not look for these
-        self._learner = self._actor_critic()
-        self._learner.receive(self._descents.values())
-
-    def _over(self, samples: Samples, parts: Collection[str], of: Callable[[Evaluation, Samples], Any]) -> Any:
-        """
-        :param samples: of a rollout
-        :param parts: of the actor-critic that is evaluated
-        :param of: what is wanted, ``(B,)`` of an evaluation of B samples
-        :return: the same of all samples
-        """
-        with th.no_grad():
-            pieces = [of(self._learner.evaluate(p.observations, p.actions, parts), p) for p in _pieces(samples)]
-        return namespace(pieces[0]).concatenate(pieces)
-
-    def _end_updates(self) -> None:
+        with super()._updates() as engine:
+            yield engine
         self._record_explained_variance()
         if isinstance(log_std := getattr(self.policy, "log_std", None), th.Tensor):
             self.logger.record("train/std", log_std.detach().exp().mean().item())
-        super()._end_updates()
 
     def _record_explained_variance(self) -> None:
         buffer, kept = self.rollout_buffer, self._kept
         rows = slice(None) if buffer.generator_ready else slice(self._rollout_length) if kept is None else np.nonzero(kept)
         explained = explained_variance(buffer.values[rows].flatten(), buffer.returns[rows].flatten())
         self.logger.record("train/explained_variance", explained)
-
-    def _step(self, network: str) -> None:
-        """See `UpdateMixin._step`; recorded by itself, because what comes before it is not operations on tensors alone."""
-        descent = self._descents[network]
-        if isinstance(descent, FlatAdam) and descent.whole and self._records:
-            self._capture.run(network, lambda: super(OnPolicyMixin, self)._step(network))
-        else:
-            super()._step(network)
-        if self._records:
-            descent.settle()
-
-    def engine_report(self) -> dict[str, str]:
-        """See `UpdateMixin.engine_report`."""
-        report = super().engine_report()
-        fast = report["acting"] == "numpy" and type(self.rollout_buffer) is RolloutBuffer
-        return {**report, "rollout": "fast" if fast else "SB3's"}
 
     def learn(
         self,
@@ -305,7 +312,7 @@ class OnPolicyMixin(ActingMixin, CheckpointMixin, OnPolicyAlgorithm):
         return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_torch_actor_critic", "_learner", "_kept"]
+        return [*super()._excluded_save_params(), "_kept"]
 
 
 def truncated(dones: np.ndarray, infos: list[dict[str, Any]]) -> Iterator[tuple[int, Any]]:
@@ -319,8 +326,3 @@ def truncated(dones: np.ndarray, infos: list[dict[str, Any]]) -> Iterator[tuple[
     for i in np.flatnonzero(dones):
         if infos[i].get("terminal_observation") is not None and infos[i].get("TimeLimit.truncated", False):
             yield int(i), infos[i]["terminal_observation"]
-
-
-def _pieces(samples: Samples) -> Iterator[Samples]:
-    for start in range(0, samples.size, ROWS):
-        yield samples.at(slice(start, start + ROWS))

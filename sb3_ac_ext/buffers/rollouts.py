@@ -1,32 +1,33 @@
-"""What an on-policy update reads: a rollout as flat arrays, and minibatches of it."""
+"""What an on-policy update reads: a rollout as flat tensors, and minibatches of it."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, RolloutBuffer
 
 from sb3_ac_ext.functional.returns import gae
-from sb3_ac_ext.legacy.actor_critic import ActorCritic
 
 
 class Samples(NamedTuple):
-    """B samples of a rollout; arrays or tensors, as their `ActorCritic` takes them."""
+    """B samples of a rollout."""
 
     observations: Any
     """``(B, ...)`` s, or a dict of them."""
-    actions: Any
-    """``(B, A)`` a, as the distribution gave it."""
-    values: Any
+    actions: th.Tensor
+    """``(B, A)`` a, as the distribution gave it; ``(B,)`` of Discrete ones."""
+    values: th.Tensor
     """``(B,)`` V(s) when it was collected, in reward units."""
-    log_probs: Any
+    log_probs: th.Tensor
     """``(B,)`` log pi(a|s) then, in nats."""
-    advantages: Any
+    advantages: th.Tensor
     """``(B,)`` A, in reward units."""
-    returns: Any
+    returns: th.Tensor
     """``(B,)`` what V(s) shall be, in reward units."""
     described: Any = None
-    """``(B, K)`` pi(.|s) then, see `ActorCritic.describe`; only where a divergence needs it."""
+    """``(B, K)`` pi(.|s) then, see `describe`; only where a divergence needs it."""
 
     def at(self, rows: Any) -> "Samples":
         """
@@ -47,40 +48,28 @@ def _rows(field: Any, rows: Any) -> Any:
     return None if field is None else field[rows]
 
 
-def flattened(buffer: RolloutBuffer, length: int, kept: np.ndarray | None, actor_critic: ActorCritic) -> Samples:
+def flattened(buffer: RolloutBuffer, length: int, kept: np.ndarray | None = None) -> Samples:
     """
     :param buffer: full of T steps of N environments
     :param length: how many of the T steps count
     :param kept: ``(length, N)`` which samples count; None for all
-    :param actor_critic: what they are for
     :return: the samples, those of one environment one after another, as SB3 has them
     """
-    rows = _rows_of(kept)
+    rows = slice(None) if kept is None else np.flatnonzero(kept.swapaxes(0, 1))
 
     def flat(array: Any) -> Any:
         if isinstance(array, dict):
             return {name: flat(value) for name, value in array.items()}
         if not buffer.generator_ready:  # else get() was called, which does the same to the arrays
             array = BaseBuffer.swap_and_flatten(array[:length])
-        return actor_critic.array(array[rows])
+        return buffer.to_torch(array[rows])
 
     actions = buffer.actions.astype(buffer.values.dtype, copy=False)  # PyTorch has no Bernoulli density of integers
     columns = (buffer.values, buffer.log_probs, buffer.advantages, buffer.returns)
-    return Samples(flat(buffer.observations), flat(actions), *(flat(column).reshape(-1) for column in columns))
-
-
-def column(values: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
-    """
-    :param values: ``(T, N)`` a number for each step
-    :param kept: ``(T, N)`` which samples count; None for all
-    :return: ``(B,)`` in the order of `flattened`
-    """
-    flat: np.ndarray = values.swapaxes(0, 1).reshape(-1)[_rows_of(kept)]
-    return flat
-
-
-def _rows_of(kept: np.ndarray | None) -> Any:
-    return slice(None) if kept is None else np.flatnonzero(kept.swapaxes(0, 1))
+    samples = Samples(flat(buffer.observations), flat(actions), *(flat(column).flatten() for column in columns))
+    if isinstance(buffer.action_space, spaces.Discrete):
+        return samples._replace(actions=samples.actions.long().flatten())
+    return samples
 
 
 def minibatches(samples: Samples, size: int) -> Iterator[Samples]:
@@ -89,9 +78,9 @@ def minibatches(samples: Samples, size: int) -> Iterator[Samples]:
     :param size: samples in a minibatch; the last one may have fewer
     :return: the samples in random order (numpy's generator, as with SB3)
     """
-    order = np.random.permutation(samples.size)  # noqa: NPY002 (SB3 draws from the global one)
+    order = th.from_numpy(np.random.permutation(samples.size))  # noqa: NPY002 (SB3 draws from the global one)
     for start in range(0, samples.size, size):
-        yield samples.at(order[start : start + size])
+        yield samples.at(order[start : start + size].to(samples.advantages.device))
 
 
 def fill_estimates(buffer: RolloutBuffer, length: int, last_values: np.ndarray, dones: np.ndarray) -> None:
@@ -103,9 +92,12 @@ def fill_estimates(buffer: RolloutBuffer, length: int, last_values: np.ndarray, 
     :param last_values: ``(N,)`` V of the observations after the last step
     :param dones: ``(N,)`` whether the last step ended an episode
     """
-    values = buffer.values[:length]
-    next_values = np.concatenate([values[1:], last_values[None].astype(values.dtype)])
-    ends = np.concatenate([buffer.episode_starts[1:length], dones[None].astype(values.dtype)])
-    advantages = gae(buffer.rewards[:length], values, next_values, ends, np.zeros_like(ends), buffer.gamma, buffer.gae_lambda)
-    buffer.advantages[:length] = advantages
-    buffer.returns[:length] = advantages + values
+    rewards, values = (th.from_numpy(array[:length]) for array in (buffer.rewards, buffer.values))
+    following = (
+        np.append(array[1:length], last[None], axis=0)
+        for array, last in ((buffer.values, last_values), (buffer.episode_starts, dones))
+    )
+    next_values, ends = (th.from_numpy(array.astype(buffer.values.dtype)) for array in following)
+    advantages = gae(rewards, values, next_values, ends, th.zeros_like(ends), buffer.gamma, buffer.gae_lambda)
+    buffer.advantages[:length] = advantages.numpy()
+    buffer.returns[:length] = (advantages + values).numpy()

@@ -8,7 +8,7 @@ import numpy as np
 import torch as th
 
 from sb3_ac_ext.engine import network as steps_of_networks
-from sb3_ac_ext.engine.kinds import WARM_UP, Function, Kind, Outputs
+from sb3_ac_ext.engine.kinds import WARM_UP, Function, Kind, Outputs, named
 from sb3_ac_ext.engine.network import Network
 from sb3_ac_ext.engine.recorder import MOST_RECORDINGS, Recorder
 from sb3_ac_ext.engine.recording import as_tensors, filled, leaves
@@ -165,13 +165,33 @@ class Engine(Recorder):
             self._look_at(kind, self._look)
         with self._lock if not kind.verified else nullcontext():
             outputs = self._replay(kind, function, batch, options) if self.enabled else None
-            means = kind.means
             if outputs is None:
-                self._publish()
-                outputs = Outputs(self._call(function, as_tensors(batch, self.device), options), shared=False)
-                means = self._called
-        if means is not None:
-            means.count += 1
+                return self._plainly(function, batch, options)
+            if kind.means is not None:
+                kind.means.count += 1
+        return outputs
+
+    def run_plainly(self, function: Function, batch: tuple[Any, ...], *options: Hashable) -> Outputs:
+        """
+        `run` without a recording, for batches of which hardly two have the same size.
+
+        :param function: a bound method of the owner
+        :param batch: tensors or arrays; arrays become tensors
+        :param options: further arguments
+        :return: what the function returned
+        :raises TypeError: if an output is no tensor
+        """
+        if self._norms is not None:  # a function of a function
+            return Outputs(function(batch, *options) or {}, shared=False)
+        self._updates += 1
+        self._plain[named(function, options)] = "ordinary: the size of its batches varies"
+        return self._plainly(function, batch, options)
+
+    def _plainly(self, function: Function, batch: tuple[Any, ...], options: tuple[Hashable, ...]) -> Outputs:
+        self._publish()
+        outputs = Outputs(self._call(function, as_tensors(batch, self.device), options), shared=False)
+        if self._called is not None:
+            self._called.count += 1
         return outputs
 
     def evaluate(self, function: Function, batch: tuple[np.ndarray, ...], *options: Hashable) -> dict[str, np.ndarray] | None:
@@ -227,7 +247,7 @@ class Engine(Recorder):
         """
         :return: for every function that has run, by its name: "replayed", or why it is not
         """
-        found: dict[str, str] = {}
+        found = dict(self._plain)
         for kind in self._kinds.values():
             found[kind.name] = "replayed" if kind.verified else f"ordinary: {kind.reason}"
         return found

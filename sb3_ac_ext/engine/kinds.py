@@ -47,11 +47,16 @@ class Means:
         self.count = 0
 
 
+def named(function: Function, options: tuple[Hashable, ...]) -> str:
+    """What reports call a function with its options."""
+    return function.__name__.lstrip("_") + (f"({', '.join(map(str, options))})" if options else "")
+
+
 class Kind:
     """A function with batches and options of one kind, which one recording serves."""
 
     def __init__(self, function: Function, options: tuple[Hashable, ...], wait: int) -> None:
-        self.name = function.__name__.lstrip("_") + (f"({', '.join(map(str, options))})" if options else "")
+        self.name = named(function, options)
         self.wait = wait
         """Ordinary runs before it is recorded."""
         self.reason = "it has not run often enough"

@@ -64,6 +64,8 @@ class Recorder(Closed):
         self.enabled, self.device, self._rounding = enabled, th.device(device), rounding
         self.networks: Mapping[str, Network] = {}
         self._kinds: OrderedDict[Hashable, Kind] = OrderedDict()
+        self._plain: dict[str, str] = {}
+        """Functions that were run plainly, and why."""
         self._means: dict[Hashable, Means] = {}
         self._steps: WeakKeyDictionary[th.optim.Optimizer, Steps] = WeakKeyDictionary()
         self._tape: Tape | None = None

@@ -180,6 +180,12 @@ def _copy(operation: Operation) -> list[Call] | None:
     return [Call(th.Tensor.copy_, (out, operation.args[0]), {}, (out,))]
 
 
+@_rule(EXACT, "_is_all_true")
+def _all(operation: Operation) -> list[Call] | None:
+    """It has no variant with memory for the result."""
+    return [Call(th.all, operation.args, {"out": operation.result}, (operation.result,))]
+
+
 @_rule(ROUNDING, "sum")
 def _sum_of_everything(operation: Operation) -> list[Call] | None:
     """It has no variant with memory for the result; the sum over all dimensions has one."""

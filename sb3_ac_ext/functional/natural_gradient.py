@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch as th
 
-from sb3_ac_ext.functional.arrays import Array, namespace
-
 Tensors = tuple[th.Tensor, ...]
+LOG_STD_FISHER = 2.0
+"""Fisher information of the log std of a Gaussian, whatever its mean and std; that of the mean is 1 / sigma^2."""
 
 
 def flatten(tensors: Sequence[th.Tensor]) -> th.Tensor:
@@ -125,23 +125,7 @@ def natural_step(
     return NaturalStep(step, gradient.dot(step), 0.5 * scale.square() * (curvature - damping * x.dot(x)))
 
 
-def gaussian_fisher(mean_tangent: Array, log_std_tangent: Array, log_std: Array) -> tuple[Array, Array]:
-    """
-    Product with the Fisher matrix of a diagonal Gaussian in its mean and log std, diag(1 / sigma^2, 2).
-
-    Like the other matrices of distributions it takes tensors and numpy arrays.
-
-    It has no element between the two, so a log std that does not depend on the state is a block of its own: 2 I.
-
-    :param mean_tangent: ``(B, A)`` direction of the mean
-    :param log_std_tangent: ``(A,)`` or ``(B, A)`` direction of the log std
-    :param log_std: ``(A,)`` or ``(B, A)`` logarithm of sigma
-    :return: the products, in the shapes of the directions
-    """
-    return mean_tangent * namespace(log_std).exp(-2 * log_std), 2 * log_std_tangent
-
-
-def categorical_fisher(tangent: Array, probs: Array) -> Array:
+def categorical_fisher(tangent: th.Tensor, probs: th.Tensor) -> th.Tensor:
     """
     Product with the Fisher matrix of a categorical distribution in its logits, diag(p) - p p^T.
 
@@ -150,10 +134,10 @@ def categorical_fisher(tangent: Array, probs: Array) -> Array:
     :return: ``(B, D)``
     """
     weighted = probs * tangent
-    return weighted - probs * weighted.sum(-1)[:, None]
+    return weighted - probs * weighted.sum(dim=-1, keepdim=True)
 
 
-def bernoulli_fisher(tangent: Array, probs: Array) -> Array:
+def bernoulli_fisher(tangent: th.Tensor, probs: th.Tensor) -> th.Tensor:
     """
     Product with the Fisher matrix of independent Bernoulli variables in their logits, diag(p (1 - p)).
 
@@ -176,7 +160,7 @@ def fisher_product(
 
     :param statistics: phi, each ``(B, ...)`` and with its graph; every one must depend on a parameter
     :param parameters: P numbers together; a statistic must depend on every one
-    :param head: directions of the statistics -> F_d times these, such as `gaussian_fisher` at the old policy
+    :param head: directions of the statistics -> F_d times these, such as `categorical_fisher` at the old policy
     :return: v -> F v for ``(P,)``, with the mean over the batch, without damping; usable under ``torch.no_grad()``
     """
     batch_size = len(statistics[0])

@@ -3,29 +3,31 @@ Returns and advantages of rollouts, all on one backward recursion. T is the numb
 
 A step ends its episode if it terminates or truncates it. Both cut every sum; a terminated episode is worth 0 from there on,
 a truncated one what its last observation is worth. So ``next_value`` is V of the observation that the step led to: of the
-episode's last one where it ended, not of the next episode's first. Tensors and numpy arrays are taken alike.
+episode's last one where it ended, not of the next episode's first.
 """
 
-from sb3_ac_ext.functional.arrays import Array, namespace
+import torch as th
 
 
-def reverse_scan(delta: Array, decay: Array) -> Array:
+def reverse_scan(delta: th.Tensor, decay: th.Tensor) -> th.Tensor:
     """
     x[t] = delta[t] + decay[t] * x[t + 1], with x[T] = 0.
+
+    Each round doubles the number of terms that are in the sums (Hillis and Steele 1986), so that log2 T of them are enough.
 
     :param delta: ``(T, N)`` what each step adds
     :param decay: ``(T, N)`` what is kept of the sum behind it
     :return: ``(T, N)`` the sums
     """
-    total = 0 * delta[0]
-    rows = []
-    for term, factor in zip(reversed(list(delta)), reversed(list(decay)), strict=True):
-        total = term + factor * total
-        rows.append(total)
-    return namespace(delta).stack(rows[::-1])
+    total, reach = delta, 1
+    while reach < len(delta):
+        total = th.cat([total[:-reach] + decay[: len(delta) - reach] * total[reach:], total[-reach:]])
+        decay = decay[:-reach] * decay[reach:]  # of as many steps as are in the sums
+        reach *= 2
+    return total
 
 
-def episode_discounts(start: Array, gamma: float) -> Array:
+def episode_discounts(start: th.Tensor, gamma: float) -> th.Tensor:
     """
     The weight of each step's update in the gradient of the discounted return (Sutton and Barto 2018, section 13.3).
 
@@ -35,15 +37,14 @@ def episode_discounts(start: Array, gamma: float) -> Array:
     :param gamma: discount factor, in [0, 1]
     :return: ``(T, N)``
     """
-    weight = 0 * start[0] + 1
-    rows = [weight]
-    for first in list(start)[1:]:
-        weight = first + (1 - first) * gamma * weight
-        rows.append(weight)
-    return namespace(start).stack(rows)
+    steps = th.arange(len(start), dtype=start.dtype, device=start.device)[:, None]
+    since = steps - th.cummax(th.where(start > 0, steps, 0), dim=0).values
+    return gamma**since
 
 
-def monte_carlo_returns(reward: Array, next_value: Array, terminated: Array, truncated: Array, gamma: float) -> Array:
+def monte_carlo_returns(
+    reward: th.Tensor, next_value: th.Tensor, terminated: th.Tensor, truncated: th.Tensor, gamma: float
+) -> th.Tensor:
     """
     Discounted sums of rewards to the end of the episode, bootstrapped where it was truncated or the data end.
 
@@ -64,7 +65,9 @@ def monte_carlo_returns(reward: Array, next_value: Array, terminated: Array, tru
     return reverse_scan(reward + gamma * cut * (1 - terminated) * next_value, gamma * not_done)
 
 
-def n_step_returns(reward: Array, next_value: Array, terminated: Array, truncated: Array, gamma: float, n: int) -> Array:
+def n_step_returns(
+    reward: th.Tensor, next_value: th.Tensor, terminated: th.Tensor, truncated: th.Tensor, gamma: float, n: int
+) -> th.Tensor:
     """
     Discounted sums of up to n rewards, bootstrapped behind the last of them (Sutton and Barto 2018, eq. 7.1).
 
@@ -80,25 +83,25 @@ def n_step_returns(reward: Array, next_value: Array, terminated: Array, truncate
     :param n: number of rewards, >= 1
     :return: ``(T, N)`` returns, in reward units
     """
-    xp, not_done = namespace(reward), _not_done(terminated, truncated)
+    not_done = _not_done(terminated, truncated)
     not_done[-1] = 0
     one_step = reward + gamma * (1 - terminated) * next_value
     returns = one_step
     for _ in range(n - 1):
-        following = xp.concatenate([returns[1:], returns[-1:]])
-        returns = xp.where(not_done > 0, reward + gamma * following, one_step)
+        following = th.cat([returns[1:], returns[-1:]])
+        returns = th.where(not_done > 0, reward + gamma * following, one_step)
     return returns
 
 
 def gae(
-    reward: Array,
-    value: Array,
-    next_value: Array,
-    terminated: Array,
-    truncated: Array,
+    reward: th.Tensor,
+    value: th.Tensor,
+    next_value: th.Tensor,
+    terminated: th.Tensor,
+    truncated: th.Tensor,
     gamma: float,
     gae_lambda: float,
-) -> Array:
+) -> th.Tensor:
     """
     Generalised advantage estimates (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
 
@@ -119,6 +122,6 @@ def gae(
     return reverse_scan(delta, gamma * gae_lambda * _not_done(terminated, truncated))
 
 
-def _not_done(terminated: Array, truncated: Array) -> Array:
+def _not_done(terminated: th.Tensor, truncated: th.Tensor) -> th.Tensor:
     """``(T, N)`` 1 where the episode goes on behind the step."""
     return (1 - terminated) * (1 - truncated)

@@ -1,140 +1,87 @@
-"""
-Losses of the on-policy algorithms, each with its derivative. B is the batch size.
+"""Losses of the on-policy algorithms, for each sample of a batch. B is the batch size."""
 
-A loss depends on the networks through few numbers a sample: the action's log-probability, the value. With the derivative by
-these at hand the networks' backward passes start from there, without a graph of the loss. All functions take tensors or
-numpy arrays.
-"""
-
-from typing import Any, NamedTuple
-
-from sb3_ac_ext.functional.arrays import Array, namespace
+import torch as th
 
 
-class Loss(NamedTuple):
-    """A mean over a batch and its derivative."""
-
-    value: Any
-    """``()`` the mean."""
-    slope: Any
-    """``(B,)`` its derivative by what the loss is a function of, in each sample."""
-
-
-def normalized(advantage: Array, epsilon: float = 1e-8) -> Array:
+def normalized(advantages: th.Tensor, epsilon: float = 1e-8) -> th.Tensor:
     """
     Advantages with mean 0 and standard deviation 1 (of a sample: divided by B - 1).
 
-    :param advantage: ``(B,)`` in reward units; a single one is returned as it is
+    :param advantages: ``(B,)`` in reward units; a single one is returned as it is
     :param epsilon: added to the standard deviation
     :return: ``(B,)``
     """
-    if len(advantage) < 2:
-        return advantage
-    centred = advantage - advantage.mean()
-    variance = (centred * centred).sum() / (len(advantage) - 1)
-    return centred / (variance**0.5 + epsilon)
+    if len(advantages) < 2:
+        return advantages
+    return (advantages - advantages.mean()) / (advantages.std() + epsilon)
 
 
-def policy_gradient(log_prob: Array, advantage: Array) -> Loss:
+def surrogate(log_ratio: th.Tensor, advantages: th.Tensor) -> th.Tensor:
     """
-    The score-function loss (Williams 1992; Mnih et al. 2016, arXiv:1602.01783).
+    The importance-weighted objective (Schulman et al. 2015, arXiv:1502.05477, eq. 14).
 
-        L = -mean log pi(a|s) A
-
-    :param log_prob: ``(B,)`` log pi(a|s), in nats
-    :param advantage: ``(B,)`` A
-    :return: loss and derivative by the log-probability
-    """
-    return Loss(-(log_prob * advantage).mean(), -advantage / len(advantage))
-
-
-def surrogate(log_ratio: Array, advantage: Array) -> Loss:
-    """
-    The importance-weighted loss (Schulman et al. 2015, arXiv:1502.05477, eq. 14).
-
-        L = -mean r A,  r = pi(a|s) / pi_old(a|s)
+        r A,  r = pi(a|s) / pi_old(a|s)
 
     :param log_ratio: ``(B,)`` log r
-    :param advantage: ``(B,)`` A
-    :return: loss and derivative by the log-probability under pi
+    :param advantages: ``(B,)`` A
+    :return: ``(B,)``
     """
-    weighted = namespace(log_ratio).exp(log_ratio) * advantage
-    return Loss(-weighted.mean(), weighted * (-1 / len(advantage)))
+    return log_ratio.exp() * advantages
 
 
-def clipped_surrogate(log_ratio: Array, advantage: Array, clip_range: float) -> Loss:
+def clipped_surrogate(log_ratio: th.Tensor, advantages: th.Tensor, clip_range: th.Tensor | float) -> th.Tensor:
     """
-    PPO's loss (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
+    PPO's objective (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
 
-        L = -mean min(r A, clip(r, 1 - c, 1 + c) A),  r = pi(a|s) / pi_old(a|s)
+        min(r A, clip(r, 1 - c, 1 + c) A),  r = pi(a|s) / pi_old(a|s)
 
     :param log_ratio: ``(B,)`` log r
-    :param advantage: ``(B,)`` A
+    :param advantages: ``(B,)`` A
     :param clip_range: c, > 0
-    :return: loss and derivative by the log-probability under pi: 0 where the clipped term is the smaller one
+    :return: ``(B,)``
     """
-    xp = namespace(log_ratio)
-    ratio = xp.exp(log_ratio)
-    free = ratio * advantage
-    clipped = xp.clip(ratio, 1 - clip_range, 1 + clip_range) * advantage
-    slope = xp.where(free <= clipped, free, xp.zeros_like(free)) * (-1 / len(advantage))
-    return Loss(-xp.minimum(free, clipped).mean(), slope)
+    ratio = log_ratio.exp()
+    clipped = th.clamp(ratio, 1 - clip_range, 1 + clip_range)  # type: ignore[arg-type]  # takes both kinds
+    return th.min(ratio * advantages, clipped * advantages)
 
 
-def outside(log_ratio: Array, clip_range: float) -> Any:
+def squared_error(values: th.Tensor, returns: th.Tensor) -> th.Tensor:
     """
-    :param log_ratio: ``(B,)`` log r
-    :param clip_range: c
-    :return: ``()`` share of the samples with r outside of [1 - c, 1 + c]
+    (V - R)^2
+
+    :param values: ``(B,)`` V(s), in reward units
+    :param returns: ``(B,)`` R
+    :return: ``(B,)``
     """
-    xp = namespace(log_ratio)
-    return (xp.abs(xp.exp(log_ratio) - 1) > clip_range).sum() / len(log_ratio)
+    return (values - returns).square()
 
 
-def squared_error(value: Array, target: Array) -> Loss:
-    """
-    L = mean (V - R)^2
-
-    :param value: ``(B,)`` V(s), in reward units
-    :param target: ``(B,)`` R
-    :return: loss and derivative by V
-    """
-    error = value - target
-    return Loss((error * error).mean(), error * (2 / len(error)))
-
-
-def clipped_squared_error(value: Array, old_value: Array, target: Array, clip_range: float, pessimistic: bool) -> Loss:
+def clipped_squared_error(
+    values: th.Tensor, old_values: th.Tensor, returns: th.Tensor, clip_range: th.Tensor | float, pessimistic: bool
+) -> th.Tensor:
     """
     The error of a value that may not leave the neighbourhood of the old one (Schulman et al. 2017; Engstrom et al. 2020,
     arXiv:2005.12729).
 
         V_c = V_old + clip(V - V_old, -c, c)
-        L = mean max((V - R)^2, (V_c - R)^2), or mean (V_c - R)^2 alone
+        max((V - R)^2, (V_c - R)^2), or (V_c - R)^2 alone
 
     The second, SB3's, has no gradient at all where the value has left the neighbourhood, even if it moved away from R.
 
-    :param value: ``(B,)`` V(s), in reward units
-    :param old_value: ``(B,)`` V when the data were collected
-    :param target: ``(B,)`` R
+    :param values: ``(B,)`` V(s), in reward units
+    :param old_values: ``(B,)`` V when the data were collected
+    :param returns: ``(B,)`` R
     :param clip_range: c, in reward units, > 0
     :param pessimistic: whether the larger of the two errors counts, as published
-    :return: loss and derivative by V
+    :return: ``(B,)``
     """
-    xp = namespace(value)
-    step = value - old_value
-    clipped_step = xp.clip(step, -clip_range, clip_range)
-    error, clipped_error = value - target, old_value + clipped_step - target
-    free = step == clipped_step
-    slope = xp.where(free, clipped_error, xp.zeros_like(error))
-    square = clipped_error * clipped_error
-    if pessimistic:
-        larger = error * error > square
-        slope = xp.where(larger, error, slope)
-        square = xp.where(larger, error * error, square)
-    return Loss(square.mean(), slope * (2 / len(error)))
+    step = th.clamp(values - old_values, -clip_range, clip_range)  # type: ignore[arg-type]  # takes both kinds
+    clipped = old_values + step
+    error = squared_error(clipped, returns)
+    return th.max(squared_error(values, returns), error) if pessimistic else error
 
 
-def kl_estimate(log_ratio: Array, estimator: str) -> Array:
+def kl_estimate(log_ratio: th.Tensor, estimator: str) -> th.Tensor:
     """
     KL(pi_old || pi) from samples of pi_old (J. Schulman, "Approximating KL divergence", 2020).
 
@@ -144,9 +91,7 @@ def kl_estimate(log_ratio: Array, estimator: str) -> Array:
     :param estimator: "k1" or "k3"
     :return: ``()`` mean, in nats
     """
-    if estimator == "k1":
-        return -log_ratio.mean()
-    return (namespace(log_ratio).exp(log_ratio) - 1 - log_ratio).mean()
+    return -log_ratio.mean() if estimator == "k1" else (log_ratio.exp() - 1 - log_ratio).mean()
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float) -> float:

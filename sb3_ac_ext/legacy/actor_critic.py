@@ -14,15 +14,15 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
-from sb3_ac_ext.functional.natural_gradient import (
+from sb3_ac_ext.legacy.descent import Descent
+from sb3_ac_ext.legacy.fused_mlp import FusedLinear, FusedMLP
+from sb3_ac_ext.legacy.natural_gradient import (
     bernoulli_fisher,
     categorical_fisher,
     fisher_product,
     flatten,
     gaussian_fisher,
 )
-from sb3_ac_ext.legacy.descent import Descent
-from sb3_ac_ext.legacy.fused_mlp import FusedLinear, FusedMLP
 from sb3_ac_ext.networks.policies import ForDicts, ForImages
 
 PARTS = ("policy", "value")

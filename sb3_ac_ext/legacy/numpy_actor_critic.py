@@ -11,12 +11,12 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 
-from sb3_ac_ext.functional.action_distributions import Parameters
-from sb3_ac_ext.functional.natural_gradient import unflatten
+from sb3_ac_ext.legacy.action_distributions import Parameters
 from sb3_ac_ext.legacy.actor_critic import PARTS, MlpPolicy, pieces_of
 from sb3_ac_ext.legacy.descent import Descent, FlatAdam, hooked
 from sb3_ac_ext.legacy.flat_tensor import FlatTensor
 from sb3_ac_ext.legacy.fused_mlp import FusedLinear, FusedMLP
+from sb3_ac_ext.legacy.natural_gradient import unflatten
 from sb3_ac_ext.legacy.numpy_heads import HEADS
 from sb3_ac_ext.legacy.numpy_layers import NumpyLayers
 

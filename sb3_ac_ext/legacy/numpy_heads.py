@@ -14,7 +14,7 @@ from stable_baselines3.common.distributions import (
     StateDependentNoiseDistribution,
 )
 
-from sb3_ac_ext.functional.action_distributions import (
+from sb3_ac_ext.legacy.action_distributions import (
     ActionDistribution,
     Bernoullis,
     Categoricals,

@@ -3,7 +3,6 @@
 from typing import Any
 
 from sb3_ac_ext.base.schedules import as_schedule
-from sb3_ac_ext.legacy.actor_critic import MlpPolicy
 from sb3_ac_ext.validation import check_choice, check_number, check_switch
 
 PENALTY_ONLY = ("kl_target", "kl_coef")
@@ -83,8 +82,6 @@ def _check_combinations(model: Any) -> None:
     if model.target_kl is not None and model.kl_stop is not None:
         raise ValueError(f"target_kl and kl_stop exclude each other, got {model.target_kl} and {model.kl_stop}")
     if model.separate_phases:
-        if not issubclass(model._translated_policy_class(model.policy_class), MlpPolicy):
-            raise TypeError(f"separate_phases=True needs a policy derived from {MlpPolicy}, got {model.policy_class}")
         return
     for name in SEPARATE_ONLY:
         if getattr(model, name) is not None:

@@ -11,32 +11,29 @@ Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347), with clip
     penalty: d = mean KL(pi_old || pi); halve beta if d < d_targ / 1.5, double it if d > 1.5 d_targ
 """
 
-from collections.abc import Collection, Iterator
-from contextlib import nullcontext
-from typing import Any, ClassVar, Unpack
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Unpack
 
-import numpy as np
 import torch as th
 from stable_baselines3 import PPO
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
 from sb3_ac_ext.base.schedules import as_schedule
 from sb3_ac_ext.base.typing import OnPolicyKwargs
 from sb3_ac_ext.buffers.rollouts import Samples, minibatches
+from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.surrogates import (
-    Loss,
     adapted_kl_coef,
     clipped_squared_error,
     clipped_surrogate,
     kl_estimate,
     normalized,
-    outside,
     squared_error,
     surrogate,
 )
-from sb3_ac_ext.legacy.actor_critic import PARTS, POLICIES, Evaluation, MlpPolicy
+from sb3_ac_ext.networks.actor_critic import describe, kl_divergence, separate_optimizers
 from sb3_ac_ext.ppox.arguments import check_clip_range_is_default, check_ppox_arguments, check_sizes
 
 KL_TARGET = 0.01
@@ -44,12 +41,30 @@ KL_COEF = 1.0
 """Of the adaptive penalty, where the arguments are None."""
 
 
+class Minibatch(NamedTuple):
+    """The fields of `Samples`, and the numbers of the losses that change from rollout to rollout."""
+
+    observations: Any
+    actions: th.Tensor
+    values: th.Tensor
+    log_probs: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+    described: Any
+    clip_range: th.Tensor
+    """``()`` c"""
+    clip_range_vf: th.Tensor | None
+    """``()`` the largest change of a value that counts, in reward units; None if all of it does"""
+    kl_coef: th.Tensor
+    """``()`` beta, in reward units per nat"""
+
+
 class PPOX(OnPolicyMixin, PPO):
     """
     PPO with the published clipping of values, early stops, separate phases for policy and value, and the adaptive penalty.
 
     Differences from the paper: SB3's defaults and its loss of the value without factor 1/2. Differences from SB3's PPO with
-    the extras at their defaults: none in the updates; in rollouts, values and log-probabilities are computed at the end.
+    the extras at their defaults: none.
 
     :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class
     :param env: environment or its id
@@ -90,8 +105,6 @@ class PPOX(OnPolicyMixin, PPO):
     """
 
     sb3_class = PPO
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICIES
-    policy: MlpPolicy
 
     def __init__(
         self,
@@ -178,150 +191,175 @@ class PPOX(OnPolicyMixin, PPO):
         start = KL_COEF if self.kl_coef is None else self.kl_coef
         if getattr(self, "_kl_coef_start", None) != start:  # a loaded model goes on with its own
             self._kl_coef_start = self._kl_coef = start
-        self._kls: list[Any] = []
         super()._setup_model()
 
     def _make_optimizers(self) -> None:
         if self.separate_phases:
-            self.policy.separate_optimizers(self.lr_schedule(1), "separate_phases=True")
+            separate_optimizers(self.policy, self.lr_schedule(1), "separate_phases=True")
 
-    def _optimizers(self) -> dict[str, th.optim.Optimizer]:
-        optimizers: dict[str, th.optim.Optimizer] = {"policy": self.policy.optimizer}
-        return {**optimizers, "value": self.policy.value_optimizer} if self.separate_phases else optimizers
+    def _networks(self) -> Mapping[str, Network]:
+        policy: Any = self.policy
+        networks = {"policy": self._network("policy", policy, policy.optimizer, rate=self.policy_learning_rate)}
+        if self.separate_phases:
+            networks["value"] = self._network("value", policy, policy.value_optimizer, rate=self.value_learning_rate)
+        return networks
 
-    @np.errstate(over="ignore", invalid="ignore")  # silent as PyTorch; `_end_updates` says what became of it
     def train(self) -> None:
         """
         Updates on the rollout that was collected.
 
         :raises NonFiniteError: if a loss or a parameter is NaN or infinite afterwards
         """
-        self._begin_updates()
-        samples = self._prepared(self._samples())
-        for parts in (("policy",), ("value",)) if self.separate_phases else (PARTS,):
-            within = self._run_epochs(samples, parts)
-            if not within and self.kl_stop_scope == "both":
-                break
-        if self.surrogate == "penalty":
-            self._adapt_penalty(samples)
-        self._end_updates()
-
-    def _run_epochs(self, samples: Samples, parts: Collection[str]) -> bool:
-        """
-        :param samples: the rollout
-        :param parts: what is trained: policy, value or both
-        :return: whether all epochs were done
-        """
-        prefix = "" if parts == PARTS else f"{next(iter(parts))}_"
-        epochs = getattr(self, f"{prefix}epochs", None) or self.n_epochs
-        ratio = getattr(self, f"{prefix}sample_ratio", None)
-        for epoch in range(1, epochs + 1):
-            if "policy" in parts:
-                self._kls.clear()  # the log has the last epoch's, as with SB3
-            within = all(self._update(batch, parts) for batch in self._batches(samples, ratio))
-            within = within and self._within_bounds_after_epoch(samples, parts)
-            self._n_updates += 1
-            self.logger.record(f"train/{prefix}epochs", epoch)
-            if not within:
-                return False
-        return True
-
-    def _batches(self, samples: Samples, ratio: float | None) -> Iterator[Samples]:
-        """Minibatches of the whole rollout, or one batch with a share of it."""
-        if ratio is None:
-            return minibatches(samples, self.batch_size)
-        return iter([next(minibatches(samples, max(int(ratio * samples.size), 1)))])
-
-    def _update(self, batch: Samples, parts: Collection[str]) -> bool:
-        """One gradient step, unless the KL divergence is too large already; returns whether it was taken."""
-        with self._workspace.lend() if self.engine else nullcontext():
-            return self._descend_on(batch, parts)
-
-    def _descend_on(self, batch: Samples, parts: Collection[str]) -> bool:
-        evaluation = self._learner.evaluate(batch.observations, batch.actions, parts)
-        slopes: dict[str, Any] = {}
-        if "value" in parts:
-            weight = 1.0 if self.separate_phases else self.vf_coef
-            slopes["values"] = weight * self._value_loss(batch, evaluation.values).slope
-        if "policy" in parts:
-            log_ratio = evaluation.log_prob - batch.log_probs
-            slopes.update(self._policy_slopes(batch, evaluation, log_ratio))
-            if not self._within_bounds_on_minibatch(log_ratio):
-                return False
-        evaluation.backward(**slopes)
-        for network in parts if self.separate_phases else ("policy",):
-            self._step(network)
-        return True
-
-    def _policy_slopes(self, batch: Samples, evaluation: Evaluation, log_ratio: Any) -> dict[str, Any]:
-        """The policy's loss, by what it is a function of."""
-        advantages = batch.advantages
-        if self.normalize_advantage and self.normalize_advantage_over == "minibatch":
-            advantages = normalized(advantages)
-        if self.surrogate == "clip":
-            clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]  # a schedule
-            loss = clipped_surrogate(log_ratio, advantages, clip_range)
-            self._means.add("clip_fraction", outside(log_ratio, clip_range))
-            slopes = {}
-        else:
-            loss = surrogate(log_ratio, advantages)
-            slopes = {"kl": (batch.described, self._kl_coef / batch.size + 0 * advantages)}
-        self._means.add("policy_gradient_loss", loss.value)
-        self._means.add("entropy_loss", -evaluation.entropy.mean())
-        if self.ent_coef:
-            slopes["entropy"] = -self.ent_coef / batch.size + 0 * advantages
-        return {"log_prob": loss.slope, **slopes}
-
-    def _value_loss(self, batch: Samples, values: Any) -> Loss:
-        if self.clip_range_vf is None:
-            loss = squared_error(values, batch.returns)
-        else:
-            clip_range = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]  # a schedule
-            pessimistic = self.clip_range_vf_mode == "max"
-            loss = clipped_squared_error(values, batch.values, batch.returns, clip_range, pessimistic)
-            self._means.add("value_clip_fraction", (abs(values - batch.values) > clip_range).sum() / batch.size)
-        self._means.add("value_loss", loss.value)
-        return loss
-
-    def _within_bounds_on_minibatch(self, log_ratio: Any) -> bool:
-        kl = kl_estimate(log_ratio, "k3")
-        self._kls.append(kl)
-        if self.target_kl is not None:
-            return bool(kl <= 1.5 * self.target_kl)
-        if self.kl_stop is not None and self.kl_stop_every == "minibatch":
-            return bool(kl_estimate(log_ratio, self.kl_stop_estimator) <= self.kl_stop)
-        return True
-
-    def _within_bounds_after_epoch(self, samples: Samples, parts: Collection[str]) -> bool:
-        if "policy" in parts and self.kl_stop is not None and self.kl_stop_every == "epoch":
-            log_probs = self._over(samples, ("policy",), lambda evaluation, _: evaluation.log_prob)
-            return bool(kl_estimate(log_probs - samples.log_probs, self.kl_stop_estimator) <= self.kl_stop)
-        if "policy" not in parts and self.value_stop_mse is not None:
-            values = self._over(samples, ("value",), lambda evaluation, _: evaluation.values)
-            return bool(0.5 * squared_error(values, samples.values).value <= self.value_stop_mse)
-        return True
-
-    def _adapt_penalty(self, samples: Samples) -> None:
-        kl = float(self._over(samples, ("policy",), lambda evaluation, part: evaluation.kl(part.described)).mean())
-        self.logger.record("train/kl", kl)
-        self.logger.record("train/kl_coef", self._kl_coef)
-        self._kl_coef = adapted_kl_coef(self._kl_coef, kl, self.kl_target or KL_TARGET)
+        kls: list[th.Tensor] = []
+        with self._updates():
+            samples = self._prepared(self._samples())
+            for phase in ("policy", "value") if self.separate_phases else ("both",):
+                within = self._run_epochs(samples, phase, kls)
+                if not within and self.kl_stop_scope == "both":
+                    break
+            if self.surrogate == "penalty":
+                self._adapt_penalty(samples)
+        self.logger.record("train/approx_kl", th.stack(kls).mean().item())
 
     def _prepared(self, samples: Samples) -> Samples:
         """What is computed once for all epochs."""
         if self.normalize_advantage and self.normalize_advantage_over == "buffer":
             samples = samples._replace(advantages=normalized(samples.advantages))
         if self.surrogate == "penalty":
-            samples = samples._replace(described=self._learner.describe(samples.observations))
+            old = self._over(samples, lambda part: describe(self.policy.get_distribution(part.observations)))
+            samples = samples._replace(described=old)
         return samples
 
-    def _end_updates(self) -> None:
-        for name in ("clip_range", "clip_range_vf"):
-            if getattr(self, name) is not None and (self.surrogate == "clip" or name == "clip_range_vf"):
-                self.logger.record(f"train/{name}", getattr(self, name)(self._current_progress_remaining))
-        if self._kls:
-            self.logger.record("train/approx_kl", float(sum(self._kls) / len(self._kls)))
-        super()._end_updates()
+    def _run_epochs(self, samples: Samples, phase: str, kls: list[th.Tensor]) -> bool:
+        """
+        :param samples: the rollout
+        :param phase: what is trained: "policy", "value" or "both"
+        :param kls: gets the divergences of the last epoch's minibatches, as SB3 logs them
+        :return: whether all epochs were done
+        """
+        prefix = "" if phase == "both" else f"{phase}_"
+        epochs = getattr(self, f"{prefix}epochs", None) or self.n_epochs
+        ratio = getattr(self, f"{prefix}sample_ratio", None)
+        size = self.batch_size if ratio is None else max(int(ratio * samples.size), 1)
+        numbers = self._numbers()
+        for epoch in range(1, epochs + 1):
+            if phase != "value":
+                kls.clear()
+            within = True
+            for part in minibatches(samples, size):
+                within = self._descend(Minibatch(*part, *numbers), phase, kls)
+                if not within or ratio is not None:
+                    break
+            within = within and self._within_bounds_after_epoch(samples, phase)
+            self._n_updates += 1
+            self.logger.record(f"train/{prefix}epochs", epoch)
+            if not within:
+                return False
+        return True
+
+    def _numbers(self) -> tuple[Any, ...]:
+        """What a `Minibatch` has besides samples."""
+        progress = self._current_progress_remaining
+        clip_range = self.clip_range(progress)  # type: ignore[operator]  # a schedule
+        clip_range_vf = None if self.clip_range_vf is None else self.clip_range_vf(progress)  # type: ignore[operator]  # one too
+        if self.surrogate == "clip":
+            self.logger.record("train/clip_range", clip_range)
+        if clip_range_vf is not None:
+            self.logger.record("train/clip_range_vf", clip_range_vf)
+        numbers = clip_range, clip_range_vf, self._kl_coef
+        return tuple(None if x is None else th.as_tensor(x, dtype=th.float64, device=self.device) for x in numbers)
+
+    def _descend(self, batch: Minibatch, phase: str, kls: list[th.Tensor]) -> bool:
+        """One gradient step, unless the policy has moved too far already; returns whether it was taken."""
+        bound, _ = self._stop_within_epochs()
+        if phase == "value" or bound is None:
+            outputs = self._run(self._update, batch, phase)
+        else:
+            outputs = self._run(self._gradients, batch, phase)
+        if phase != "value":
+            kls.append(outputs["approx_kl"])
+        if phase == "value" or bound is None:
+            return True
+        if not outputs["stop_kl"] <= bound:
+            return False
+        self._engine.run(self._step, (), phase)
+        return True
+
+    def _stop_within_epochs(self) -> tuple[float | None, str]:
+        """The KL divergence of a minibatch that ends the updates, None if there is none, and how it is estimated."""
+        if self.target_kl is not None:
+            return 1.5 * self.target_kl, "k3"
+        return self.kl_stop if self.kl_stop_every == "minibatch" else None, self.kl_stop_estimator
+
+    def _update(self, batch: Minibatch, phase: str) -> dict[str, th.Tensor]:
+        outputs = self._gradients(batch, phase)
+        self._step((), phase)
+        return outputs
+
+    def _step(self, _: tuple[()], phase: str) -> None:
+        self._engine.step("value" if phase == "value" else "policy")
+
+    def _gradients(self, batch: Minibatch, phase: str) -> dict[str, th.Tensor]:
+        if phase == "value":
+            value_loss = self._value_error(batch, self.policy.predict_values(batch.observations).flatten()).mean()
+            self._engine.differentiate(value_loss, "value")
+            return {"value_loss": value_loss}
+        values, log_prob, entropy = self._evaluate(batch, value=phase == "both")
+        log_ratio = log_prob - batch.log_probs
+        over_minibatch = self.normalize_advantage and self.normalize_advantage_over == "minibatch"
+        advantages = normalized(batch.advantages) if over_minibatch else batch.advantages
+        if self.surrogate == "clip":
+            policy_loss = -clipped_surrogate(log_ratio, advantages, batch.clip_range).mean()  # equation 7
+            penalty: th.Tensor | float = 0.0
+        else:
+            divergence = kl_divergence(batch.described, self.policy.get_distribution(batch.observations))
+            policy_loss = -surrogate(log_ratio, advantages).mean()
+            penalty = batch.kl_coef * divergence.mean()  # equation 8
+        entropy_loss = -entropy.mean()
+        loss = policy_loss + penalty + self.ent_coef * entropy_loss
+        outputs = {"policy_gradient_loss": policy_loss, "entropy_loss": entropy_loss}
+        if phase == "both":
+            value_loss = self._value_error(batch, values).mean()
+            loss = loss + self.vf_coef * value_loss  # equation 9
+            outputs["value_loss"] = value_loss
+        self._engine.differentiate(loss, "policy")
+        return {**outputs, "loss": loss, **self._measures(log_ratio, batch)}
+
+    def _value_error(self, batch: Minibatch, values: th.Tensor) -> th.Tensor:
+        """``(B,)``"""
+        if batch.clip_range_vf is None:
+            return squared_error(values, batch.returns)
+        pessimistic = self.clip_range_vf_mode == "max"
+        return clipped_squared_error(values, batch.values, batch.returns, batch.clip_range_vf, pessimistic)
+
+    @th.no_grad()
+    def _measures(self, log_ratio: th.Tensor, batch: Minibatch) -> dict[str, th.Tensor]:
+        """How far the policy has moved."""
+        bound, estimator = self._stop_within_epochs()
+        measures = {"approx_kl": kl_estimate(log_ratio, "k3")}
+        if bound is not None:
+            measures["stop_kl"] = kl_estimate(log_ratio, estimator)
+        if self.surrogate == "clip":
+            measures["clip_fraction"] = ((log_ratio.exp() - 1).abs() > batch.clip_range).float().mean()
+        return measures
+
+    def _within_bounds_after_epoch(self, samples: Samples, phase: str) -> bool:
+        if phase != "value" and self.kl_stop is not None and self.kl_stop_every == "epoch":
+            log_probs = self._over(samples, lambda part: self._evaluate(part, value=False).log_prob)
+            return bool(kl_estimate(log_probs - samples.log_probs, self.kl_stop_estimator) <= self.kl_stop)
+        if phase == "value" and self.value_stop_mse is not None:
+            values = self._over(samples, lambda part: self._evaluate(part, policy=False).values)
+            return bool(0.5 * squared_error(values, samples.values).mean() <= self.value_stop_mse)
+        return True
+
+    def _adapt_penalty(self, samples: Samples) -> None:
+        def divergence(part: Samples) -> th.Tensor:
+            return kl_divergence(part.described, self.policy.get_distribution(part.observations))
+
+        kl = self._over(samples, divergence).mean().item()
+        self.logger.record("train/kl", kl)
+        self.logger.record("train/kl_coef", self._kl_coef)
+        self._kl_coef = adapted_kl_coef(self._kl_coef, kl, self.kl_target or KL_TARGET)
 
     def _joint_optimizers(self) -> dict[str, tuple[str, ...]]:
         return {"policy.optimizer": ("policy.optimizer", "policy.value_optimizer")}
@@ -334,6 +372,3 @@ class PPOX(OnPolicyMixin, PPO):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()
         return [*state_dicts, *(["policy.value_optimizer"] if self.separate_phases else [])], tensors
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_kls"]

@@ -106,6 +106,7 @@ def test_exact_rules(x: th.Tensor) -> None:
     ):
         check(function, x)
     check(lambda y: y.to(th.float32, copy=True), x)
+    check(lambda y: th._is_all_true(y == y), x)
     for function in (th.zeros_like, th.ones_like, lambda y: th.full_like(y, 3), lambda y: y.new_full((2, 3), 2)):
         (call,) = check(function, x)
         assert call.function is th.Tensor.fill_
@@ -130,7 +131,17 @@ def test_exact_rules_without_inputs() -> None:
 
 def test_the_table_is_tested() -> None:
     """A new rule wants a test of its own here."""
-    assert EXACT.keys() == {*NUMBERS, "scalar_tensor", "full", "full_like", "new_full", "relu", "clone", "_to_copy"}
+    assert EXACT.keys() == {
+        *NUMBERS,
+        "scalar_tensor",
+        "full",
+        "full_like",
+        "new_full",
+        "relu",
+        "clone",
+        "_to_copy",
+        "_is_all_true",
+    }
     assert ROUNDING.keys() == {"sum", "mse_loss", "mm", "addmm", "linear"}
 
 

@@ -7,9 +7,9 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ac_ext.base.environment_checks import check_rollout, locate_non_finite
-from sb3_ac_ext.base.on_policy import OnPolicyMixin
 from sb3_ac_ext.legacy.actor_critic import TorchActorCritic
+from sb3_ac_ext.legacy.environment_checks import check_rollout, locate_non_finite
+from sb3_ac_ext.legacy.on_policy import OnPolicyMixin
 from sb3_ac_ext.validation import NonFiniteError
 
 ROLLOUT = 500

@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from sb3_ac_ext.functional.arrays import Array, namespace
-from sb3_ac_ext.functional.natural_gradient import bernoulli_fisher, categorical_fisher, gaussian_fisher
+from sb3_ac_ext.legacy.arrays import Array, namespace
+from sb3_ac_ext.legacy.natural_gradient import bernoulli_fisher, categorical_fisher, gaussian_fisher
 
 LOG_2_PI = math.log(2 * math.pi)
 

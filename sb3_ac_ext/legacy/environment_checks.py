@@ -1,0 +1,60 @@
+"""Whether what environments gave is finite, and which of them it was where it is not."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
+from sb3_ac_ext.validation import NonFiniteError
+
+
+def check_finite(what: str, values: Any, envs: np.ndarray, env_axis: int = 0, cause: Exception | None = None) -> None:
+    """
+    :param what: what the values are, for the message
+    :param values: an array, or a dict of them
+    :param envs: numbers of the environments along ``env_axis``
+    :param env_axis: the arrays' axis of environments
+    :param cause: what went wrong with them already
+    :raises NonFiniteError: if a number is not finite
+    """
+    for array in values.values() if isinstance(values, dict) else (values,):
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            index = envs[np.argwhere(~np.isfinite(array))[0][env_axis]]
+            raise NonFiniteError(
+                f"environment {index} gave a non-finite {what} (NaN or infinite); check the environment, for instance "
+                "with stable_baselines3.common.vec_env.VecCheckNan"
+            ) from cause
+
+
+def check_rollout(algorithm: OnPolicyAlgorithm, buffer: RolloutBuffer) -> None:
+    """
+    :param algorithm: that has collected a rollout
+    :param buffer: that was filled
+    :raises NonFiniteError: if an observation or reward is not finite
+    """
+    all_envs = np.arange(algorithm.n_envs)
+    check_finite("observation", buffer.observations, all_envs, env_axis=1)
+    check_finite("reward", buffer.rewards, all_envs, env_axis=1)
+    check_finite("observation", algorithm._last_obs, all_envs)
+
+
+@contextmanager
+def locate_non_finite(algorithm: OnPolicyAlgorithm, buffer: RolloutBuffer) -> Iterator[None]:
+    """
+    Say which environment gave NaN where the policy would only complain of its own numbers.
+
+    :param algorithm: that collects a rollout within this context
+    :param buffer: that it fills
+    """
+    try:
+        yield
+    except NonFiniteError:
+        raise
+    except Exception as error:  # whatever it is that the policy's NaN led to
+        all_envs = np.arange(algorithm.n_envs)
+        check_finite("reward", buffer.rewards, all_envs, env_axis=1, cause=error)
+        check_finite("observation", algorithm._last_obs, all_envs, cause=error)
+        raise
