@@ -49,7 +49,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
     Goes before the SB3 class: ``class TD3X(OffPolicyMixin, TD3)``. docs/extending.md has an example.
 
     A subclass says what it trains (`_networks`), checks its own arguments (`_check_arguments`) and runs its updates (`train`,
-    in `_updates`, on what `_sample` returns). Its constructor calls this one with ``_init_setup_model=False``, as the arguments
+    in `_updates`, on what `_sample` returns). Its constructor calls this one with ``_init_setup_model=False``, as arguments
     are complete only afterwards, keeps its own ones as attributes, and calls `_setup_model` last.
 
     :param args: the SB3 class's, in its order
