@@ -122,12 +122,13 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
             self._last_obs, self._last_episode_starts = env.reset(), np.ones(env.num_envs, dtype=bool)  # type: ignore[assignment]
         self._set_training_mode(False)
         rollout_buffer.reset()
-        self._reset_noise(0)
+        if self.use_sde:
+            self._reset_noise()
         callback.on_rollout_start()
         n_steps, finished = 0, np.zeros(env.num_envs, dtype=int)
         while n_steps < n_rollout_steps and not (whole_episodes and self._has_enough(finished)):
-            if n_steps > 0:
-                self._reset_noise(n_steps)
+            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+                self._reset_noise()
             actions, values, log_probs = self._forward(self._last_obs)
             clipped_actions = self._within_bounds(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
@@ -154,14 +155,8 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         callback.on_rollout_end()
         return True
 
-    def _reset_noise(self, n_steps: int) -> None:
-        """
-        gSDE's noise, drawn anew at the start of a rollout and every ``sde_sample_freq`` steps, in the memory that it is in.
-
-        :param n_steps: of the rollout so far
-        """
-        if not self.use_sde or (n_steps > 0 and (self.sde_sample_freq <= 0 or n_steps % self.sde_sample_freq)):
-            return
+    def _reset_noise(self) -> None:
+        """New noise for gSDE, in the memory that the noise before it has, which a recording reads."""
         noise = vars(self.policy.action_dist)
         held = {name: noise.get(name) for name in ("exploration_mat", "exploration_matrices")}
         self.policy.reset_noise(self.n_envs)

@@ -211,7 +211,7 @@ class Engine(Recorder):
         if recording is None or not kind.verified:
             return self._first_evaluations(kind, function, batch, options)
         with recording.lock:
-            if self._look_at(kind, -1) and recording.run(batch):
+            if self._look_at(kind, -1) and recording.run(filled(batch)):
                 return recording.copies()
         return None
 

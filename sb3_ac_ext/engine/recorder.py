@@ -143,7 +143,7 @@ class Recorder(Closed):
         assert kind.recording is not None
         if kind.recording.replay.draws:
             return True
-        return kind.recording.run(batch) and self._agrees(kind, [[*expected.values()], [], []], [])
+        return kind.recording.run(filled(batch)) and self._agrees(kind, [[*expected.values()], [], []], [])
 
     def _obstacle(self, networks: Mapping[str, Network]) -> str | None:
         """Why nothing can be recorded now."""
