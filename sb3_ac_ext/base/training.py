@@ -204,6 +204,8 @@ class TrainingMixin(BaseAlgorithm):
             self._flat_space = space, isinstance(space, spaces.Box) and not is_image_space(space)
         if not self._flat_space[1]:
             return f"observations are {space}"
+        if super().predict.__func__ is not BaseAlgorithm.predict:  # type: ignore[attr-defined]  # a method
+            return "SB3's class acts in its own way"
         if kind.predict is not BasePolicy.predict or kind.obs_to_tensor is not BasePolicy.obs_to_tensor:
             return f"a {kind.__name__} acts in its own way"
         return None if self.device.type == "cpu" else f"the device is {self.device}"

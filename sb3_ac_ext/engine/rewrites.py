@@ -138,7 +138,7 @@ def _variant_with_memory(function: Any) -> tuple[Any, str, frozenset[str]] | Non
     :return: the same with memory for its result, the name of that argument and those of all others; None if there is none
     """
     types = {argument.name: str(argument.type) for argument in function._schema.arguments}
-    if function._schema.is_mutable:
+    if function._schema.is_mutable or "reduction" in types:  # losses make the memory larger before they take the mean
         return None
     for name in function.overloadpacket.overloads():
         overload = getattr(function.overloadpacket, name)

@@ -129,6 +129,15 @@ def test_exact_rules_without_inputs() -> None:
         assert [call for operation in operations for call in calls(operation) if operation.name in WITHOUT_CONTENT] == []
 
 
+@pytest.mark.parametrize("loss", [F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.mse_loss, F.soft_margin_loss])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_losses(loss: Callable[..., th.Tensor], reduction: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """PyTorch warns, from C++, where it is given memory of another shape than a loss is computed in first."""
+    x, y = th.sigmoid(numbers(0, 6, 4)), th.sigmoid(numbers(1, 6, 4))
+    check(loss, x, y, reduction=reduction, rounding=True)
+    assert capfd.readouterr().err == ""
+
+
 def test_the_table_is_tested() -> None:
     """A new rule wants a test of its own here."""
     assert EXACT.keys() == {
