@@ -11,7 +11,7 @@ import pytest
 import torch as th
 import yaml
 from models import environment, small_model
-from stable_baselines3 import TD3
+from stable_baselines3 import A2C, TD3
 from stable_baselines3.common.utils import polyak_update
 from subjects import numbers
 from torch.nn import functional as F
@@ -39,6 +39,7 @@ def names_in(name: str, **given: Any) -> SimpleNamespace:
     return SimpleNamespace(**names)
 
 
+A2CX: Any = names_in("on-policy").A2CX
 TD3BC: Any = names_in("module").TD3BC
 SAMPLERS = names_in("sampler", **{**vars(off_policy), "optuna": optuna, "Any": Any})
 ROW: AlgoSpec = eval(block("row"), {"AlgoSpec": AlgoSpec, "TD3BC": TD3BC, "off_policy": SAMPLERS})
@@ -74,6 +75,13 @@ class ByHand(TD3):
             self.actor.optimizer.step()
             polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
             polyak_update(self.actor.parameters(), self.actor_target.parameters(), self.tau)
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_the_on_policy_example_is_sb3s_a2c(engine: bool) -> None:
+    ours, theirs = (small_model(cls, **own).learn(200) for cls, own in ((A2CX, {"engine": engine}), (A2C, {})))
+    th.testing.assert_close(ours.policy.state_dict(), theirs.policy.state_dict(), rtol=0, atol=ATOL)
+    assert ours.engine_report().get("update", "ordinary") == ("replayed" if engine else "ordinary")
 
 
 def test_the_example_is_recorded() -> None:
