@@ -77,6 +77,7 @@ class Engine(Recorder):
         if self._tape is None:
             steps_of_networks.differentiate(loss, own)
         else:
+            self._differentiated.update(names)
             steps_of_networks.recorded_differentiate(loss, [(network, self._steps_of(network)) for network in own])
 
     def step(self, name: str) -> None:
@@ -89,6 +90,8 @@ class Engine(Recorder):
         if self._tape is None:
             norm = steps_of_networks.step(network)
         else:
+            if name not in self._differentiated:
+                self._given += [(parameter, parameter.grad) for parameter in network.parameters]
             norm = steps_of_networks.recorded_step(network, self._steps_of(network), self._tape)
         if self._norms is not None:
             self._norms[f"{name}_grad_norm"] = norm
@@ -287,6 +290,8 @@ class Engine(Recorder):
                 kind.wait -= 1
                 return None
             self._record(kind, function, batch, options, self.networks)
+        elif not kind.recording.has_gradients():
+            return None  # the function that computed them was not replayed
         elif not kind.verified:
             self._verify(kind, function, batch, options, self.networks)
         elif not kind.recording.run(filled(batch)):

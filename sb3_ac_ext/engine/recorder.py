@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch as th
+from torch import nn
 
 from sb3_ac_ext.engine.guard import (
     Closed,
@@ -70,6 +71,9 @@ class Recorder(Closed):
         self._steps: WeakKeyDictionary[th.optim.Optimizer, Steps] = WeakKeyDictionary()
         self._tape: Tape | None = None
         self._used: dict[str, Network] = {}
+        self._differentiated: set[str] = set()
+        self._given: list[tuple[nn.Parameter, th.Tensor | None]] = []
+        """Gradients that another function has computed, of the parameters that this one steps."""
         self._norms: Values | None = None
         self._called: Means | None = None
         self._look = self._updates = self._flushed = 0
@@ -197,7 +201,11 @@ class Recorder(Closed):
 
     def _snapshot(self, networks: Mapping[str, Network]) -> Snapshot:
         modules = modules_in(vars(self._owner).values())
-        return Snapshot(self._state(networks), self.device, [n.optimizer for n in networks.values()], modules)
+        optimizers = [network.optimizer for network in networks.values()]
+        gradients = [
+            place for optimizer in optimizers if optimizer in self._steps for place in self._steps[optimizer].gradients
+        ]
+        return Snapshot(self._state(networks), self.device, optimizers, modules, gradients)
 
     def _put_back(self, before: Snapshot, known: set[Hashable]) -> None:
         before.restore()
@@ -219,7 +227,8 @@ class Recorder(Closed):
         others = tensors_of_helpers(modules)
         tape = Tape([*state, *others, *steps], inputs.tensors)
         reads: dict[str, Any] = {}
-        self._used = {}
+        self._used, self._given = {}, []
+        self._differentiated.clear()
         if networks:
             self._tape = tape
         run = self._function(function, bool(networks))
@@ -247,7 +256,7 @@ class Recorder(Closed):
         gradients = [(p, p.grad) for network in self._used.values() for p in network.parameters]
         used = {memory(tensor) for operation in tape.operations for tensor in tensors(operation[1:])}
         guard = Guard(self._owner, reads, self._used, None if isinstance(replay, Graph) else used)
-        return Recording(replay, inputs, outputs, gradients, attributes), guard
+        return Recording(replay, inputs, outputs, gradients, self._given, attributes), guard
 
     def _verify(
         self,

@@ -129,6 +129,7 @@ class Recording:
     :param inputs: that it reads
     :param outputs: that it writes, by their names
     :param gradients: parameters of the networks that the function trains, and where their gradients are, or None
+    :param given: the same of those whose gradients it takes from another function
     :param attributes: tensors that it has put into objects: where, under which name, and the tensor
     """
 
@@ -138,10 +139,11 @@ class Recording:
         inputs: Inputs,
         outputs: Values,
         gradients: Sequence[tuple[nn.Parameter, th.Tensor | None]],
+        given: Sequence[tuple[nn.Parameter, th.Tensor | None]] = (),
         attributes: Sequence[tuple[dict[str, Any], str, th.Tensor]] = (),
     ) -> None:
         self.replay, self.inputs = replay, inputs
-        self.outputs, self.gradients, self._attributes = outputs, gradients, attributes
+        self.outputs, self.gradients, self._given, self._attributes = outputs, gradients, given, attributes
         self._arrays = {name: _array(value) for name, value in outputs.items()}
         self.lock = threading.Lock()
 
@@ -162,6 +164,10 @@ class Recording:
         except UnmetError:
             return False
         return True
+
+    def has_gradients(self) -> bool:
+        """Whether the gradients that it takes from another function are where a replay reads them."""
+        return all(parameter.grad is gradient for parameter, gradient in self._given)
 
     def copies(self) -> dict[str, np.ndarray]:
         """
@@ -191,6 +197,7 @@ class Snapshot:
     :param device: whose random state it may advance
     :param optimizers: that may step
     :param modules: that may count something in an attribute
+    :param gradients: that it may change as well, where it clips those of another function
     """
 
     def __init__(
@@ -199,10 +206,11 @@ class Snapshot:
         device: th.device,
         optimizers: Sequence[th.optim.Optimizer] = (),
         modules: Sequence[nn.Module] = (),
+        gradients: Sequence[th.Tensor] = (),
     ) -> None:
-        self.tensors, self._device = tensors, device
+        self.tensors, self._places, self._device = tensors, [*tensors, *gradients], device
         with th.no_grad():
-            self._values = [tensor.detach().clone() for tensor in tensors]
+            self._values = [tensor.detach().clone() for tensor in self._places]
         self._random = th.get_rng_state(), th.cuda.get_rng_state(device) if device.type == "cuda" else None
         self._others = _random_states()
         places = [*map(vars, modules)]
@@ -222,7 +230,7 @@ class Snapshot:
         :param undo: whether the function counts as not having run, for modules that count its runs
         """
         with th.no_grad():
-            for tensor, value in zip(self.tensors, self._values, strict=True):
+            for tensor, value in zip(self._places, self._values, strict=True):
                 tensor.detach().copy_(value)
         th.set_rng_state(self._random[0])
         if self._random[1] is not None:

@@ -284,6 +284,35 @@ def test_users_gradients_do_not_enter_an_update() -> None:
             assert (own.grad is None) == (expected.grad is None), case
 
 
+class InTwo(Learner):
+    """Looks at the gradients before it steps, with a loss that cannot be recorded for batches of another size than five."""
+
+    def gradients(self, batch: Batch) -> Values:
+        loss = refused_unless_five(self, batch)
+        self.engine.differentiate(loss, "net")
+        return {"loss": loss}
+
+    def step(self, batch: tuple[()]) -> None:
+        self.engine.step("net")
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0.05}, {"weight_decay": 0.1}], ids=["", "clipped", "decayed"])
+def test_steps_by_another_function_than_the_gradients(settings: dict[str, Any]) -> None:
+    """Whichever of the two are replayed; what the step does to the gradients is done once."""
+    kwargs: dict[str, Any] = {"settings": lambda _: settings, "dtype": th.float64}
+    ours, theirs = InTwo(**kwargs), InTwo(**kwargs, enabled=False)
+    for order in ("a", "a", "ab", "ba", "aba", "bab", "abb", "b", "a"):
+        for one in (ours, theirs):
+            one.engine.begin()
+            for step, which in enumerate(order):
+                x, y = one.batch(step)
+                one.engine.run(one.gradients, (x, y) if which == "a" else (x[:3], y[:3]))
+                one.engine.run(one.step, ())
+            one.engine.end()
+        assert_same(ours.state(), theirs.state(), 1e-12)
+    assert ours.engine.report()["step"] == "replayed"
+
+
 # The log and the outputs
 
 
