@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch as th
 
 from sb3_ac_ext.engine import products
-from sb3_ac_ext.engine.tape import Key, Operation, memory, tensors
+from sb3_ac_ext.engine.tape import Key, Operation, memory, require, require_equal, tensors
 
 
 class Call(NamedTuple):
@@ -259,9 +259,12 @@ def rewritten(operations: Sequence[Operation], rounding: bool = True) -> list[Ca
     uses = Counter(memory(tensor) for operation in operations for tensor in tensors((operation.args, operation.kwargs)))
     found: list[Call] = []
     skipped = False
-    for operation, following in zip(operations, [*operations[1:], None], strict=True):
+    for i, (operation, following) in enumerate(zip(operations, [*operations[1:], None], strict=True)):
+        equality = _required_equality(operations[: i + 1]) if operation.function is require else None
         if skipped:
             skipped = False
+        elif equality is not None:
+            found.append(Call(require_equal, equality, {}))
         elif rounding and following is not None and _is_rectified_layer(operation, following, uses):
             (bias, a, b), out = operation.args, following.result
             found.append(Call(products.by_onednn, (out, a, b.t(), bias, "relu"), {}, (out,)))
@@ -269,6 +272,18 @@ def rewritten(operations: Sequence[Operation], rounding: bool = True) -> list[Ca
         else:
             found += calls(operation, rounding)
     return found
+
+
+def _required_equality(operations: Sequence[Operation]) -> tuple[Any, ...] | None:
+    """Two tensors, if the last operation requires nothing but that all their numbers are the same."""
+    *before, last = operations
+    while before and before[-1].name in ("_is_all_true", "all") and memory(before[-1].result) == memory(last.args[0]):
+        last = before.pop()
+    if last.name not in ("_is_all_true", "all") or not before or before[-1].name != "eq":
+        return None
+    x, y = before[-1].args
+    same = isinstance(y, th.Tensor) and x.shape == y.shape and x.dtype == y.dtype
+    return (x, y) if same and memory(before[-1].result) == memory(last.args[0]) else None
 
 
 def _is_rectified_layer(operation: Operation, following: Operation, uses: Mapping[Key, int]) -> bool:

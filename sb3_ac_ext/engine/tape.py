@@ -44,6 +44,18 @@ def require(tensor: th.Tensor) -> None:
         raise UnmetError
 
 
+def require_equal(x: th.Tensor, y: th.Tensor) -> None:
+    """
+    ``require((x == y).all())`` at once.
+
+    :param x: any
+    :param y: of its shape and type
+    :raises UnmetError: if a number differs, or is NaN
+    """
+    if not th.equal(x, y):
+        raise UnmetError
+
+
 def tensors(values: Any) -> list[th.Tensor]:
     """
     :param values: tensors in lists, tuples, dicts, or anything else
@@ -125,7 +137,8 @@ class Tape:
         """
         :param tensor: a boolean that the function asked for, and went on as if it were true
         """
-        self.operations.append(Operation(require, (tensor.detach(),), {}, None))
+        with self.pause():  # what the tape holds has not escaped
+            self.operations.append(Operation(require, (tensor.detach(),), {}, None))
 
     @property
     def checks(self) -> list[th.Tensor]:
@@ -254,8 +267,10 @@ class _Values(TorchFunctionMode):
 
 
 def _asked_by(package: str) -> bool:
-    """Whether the function that is running was called from a module of ``package``."""
-    frame = sys._getframe(2)
+    """Whether the function that is running was called from a module of ``package``, through modes or not."""
+    frame: Any = sys._getframe(2)
+    while frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back
     return str(frame.f_globals.get("__name__", "")).startswith(package)
 
 

@@ -1,5 +1,6 @@
 """Each better operation against the operation itself: the same bits, or within the bound of those that round."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from owners import numbers
 from sb3_ac_ext.engine import products
 from sb3_ac_ext.engine.recording import Replay
 from sb3_ac_ext.engine.rewrites import DIRECT, ELEMENTWISE, EXACT, NUMBERS, ROUNDING, WITHOUT_CONTENT, Call, calls
-from sb3_ac_ext.engine.tape import Operation, Tape, tensors
+from sb3_ac_ext.engine.tape import Operation, Tape, UnmetError, tensors
 
 BOUND = 1e-6
 """Of what rounds, relative to the result's norm, in fp32."""
@@ -481,3 +482,34 @@ def test_operations_in_place() -> None:
         for call in found:
             call.function(*call.args, **call.kwargs)
         assert th.equal(x, expected)
+
+
+REQUIREMENTS: dict[str, tuple[Callable[[th.Tensor], th.Tensor], int]] = {
+    "no NaN": (lambda x: x == x, 1),
+    "no NaN in a row": (lambda x: (x == x).all(-1), 1),
+    "no NaN in a row and column": (lambda x: (x == x).all(-1).all(-1), 1),
+    "equal": (lambda x: x == 2 * x / 2, 3),
+    "a number": (lambda x: x == 1.0, 3),
+    "a row": (lambda x: x == x[0], 3),
+    "positive": (lambda x: x > 0, 3),
+    "positive rows": (lambda x: (x > 0).all(-1), 4),
+    "one of both": (lambda x: (x == x) | (x > 0), 5),
+}
+"""Conditions of tensors, and the calls that a replay makes to look at them."""
+
+
+@pytest.mark.parametrize("name", REQUIREMENTS)
+@pytest.mark.parametrize("value", [1.0, 3.0, -1.0, float("nan"), float("inf")])
+def test_requirements(name: str, value: float) -> None:
+    """As `torch.distributions` has them."""
+    condition, count = REQUIREMENTS[name]
+    x = th.ones(3, 4)
+    tape = Tape([], [x])
+    with tape.recording():
+        tape.require(th._is_all_true(condition(x)))
+    replay = Replay(tape, {})
+    assert len(replay) == count
+    replay()
+    x[1, 2] = value
+    with contextlib.nullcontext() if condition(x).all() else pytest.raises(UnmetError):
+        replay()
