@@ -209,6 +209,7 @@ class Guard:
         self, owner: Any, reads: Mapping[str, Any], networks: Mapping[str, Network], used: Collection[Key] | None = None
     ) -> None:
         self.owner, self._kind, self._networks = owner, _kind_of(owner), dict(networks)
+        self._used = used
         self._process = process_state(bool(networks))
         self._methods = [(name, value.__func__) for name, value in reads.items() if _is_method_of(owner, value)]
         self._values = [(name, value, _snapshot(value)) for name, value in reads.items() if not _is_method_of(owner, value)]
@@ -240,6 +241,7 @@ class Guard:
         tensors_of_modules = [module._parameters for module in modules] + [module._buffers for module in modules]
         self._named_tensors = [place for place in tensors_of_modules if place]  # compared by identity
         self._tensors = self._current_tensors()
+        self._free = [*map(_requires_grad, self._tensors)]
         children = [module._modules for module in modules]
         self._live: list[Mapping[str, Any]] = [place for place in children if place]
         self._copies = [dict(place) for place in self._live]
@@ -279,9 +281,11 @@ class Guard:
     def _current_states(self) -> list[th.Tensor]:
         found = []
         for network in self._networks.values():
-            if is_adam(network.optimizer):
-                states = (network.optimizer.state.get(parameter, {}) for parameter in network.parameters)
-                found += [value for state in states for value in state.values()]
+            states = (network.optimizer.state.get(parameter, {}) for parameter in network.parameters)
+            values = [value for state in states for value in state.values()]
+            if not is_adam(network.optimizer):  # whose step is not looked into, or the function's own
+                values = [value for value in tensors(values) if self._used is None or memory(value) in self._used]
+            found += values
         return found
 
     def obstacle(self) -> str | None:
@@ -335,6 +339,8 @@ class Guard:
             return "a module"
         if not _same(self._current_tensors(), self._tensors):
             return "a parameter or buffer"
+        if [*map(_requires_grad, self._tensors)] != self._free:
+            return "which parameters are trained"
         if [tensor.data_ptr() for tensor in self._memory] != self._addresses:
             return "the memory of a tensor"
         return None
@@ -408,6 +414,10 @@ def _compares_plainly(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_compares_plainly, value))
     return not isinstance(value, (th.Tensor, np.ndarray))
+
+
+def _requires_grad(tensor: Any) -> bool:
+    return bool(tensor is not None and tensor.requires_grad)
 
 
 def _has_hook(tensor: Any) -> bool:
