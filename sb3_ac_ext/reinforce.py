@@ -8,24 +8,38 @@ REINFORCE with or without a baseline (Williams 1992; Sutton and Barto 2018, sect
     baseline: descend mean (b(s_t) - G_t)^2
 """
 
-from typing import Any, ClassVar, Unpack
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ac_ext.base.arguments import check_policy_class
+from sb3_ac_ext.base.on_policy import OnPolicyMixin
 from sb3_ac_ext.base.typing import ActingKwargs, constructor_keys
-from sb3_ac_ext.legacy.actor_critic import PARTS, SEPARATE_POLICIES, ActorCritic, MlpPolicy
-from sb3_ac_ext.legacy.on_policy import OnPolicyMixin
-from sb3_ac_ext.legacy.returns import episode_discounts
-from sb3_ac_ext.legacy.rollouts import Samples, column
-from sb3_ac_ext.legacy.surrogates import normalized, policy_gradient, squared_error
+from sb3_ac_ext.engine import Network
+from sb3_ac_ext.functional.returns import episode_discounts
+from sb3_ac_ext.functional.surrogates import normalized, squared_error
+from sb3_ac_ext.networks.actor_critic import SEPARATE_POLICIES, separate_optimizers
 from sb3_ac_ext.validation import check_keys, check_number, check_switch
+
+
+class Episodes(NamedTuple):
+    """Whole episodes, one step after another."""
+
+    observations: Any
+    actions: th.Tensor
+    advantages: th.Tensor
+    """``(B,)`` G - b(s) with the baseline that it was collected with, in reward units"""
+    returns: th.Tensor
+    """``(B,)`` G, in reward units"""
+    discounts: th.Tensor | None
+    """``(B,)`` gamma^t; None where steps are not weighted"""
 
 
 class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
@@ -42,7 +56,7 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
     Differences from the book: one update for a batch of episodes, by the mean over their steps and with Adam; gamma^t is left
     out by default, as most programs do.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class derived from `MlpPolicy`
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class
     :param env: environment or its id
     :param learning_rate: rate of both networks: a number >= 0, "lin_x" (falls linearly from x to 0), or a schedule
     :param rollout_episodes: episodes in an update, rounded up to a multiple of the number of environments
@@ -63,11 +77,10 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
     sb3_class = OnPolicyAlgorithm
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = SEPARATE_POLICIES
     rollout_limit = "max_rollout_steps"
-    policy: MlpPolicy
 
     def __init__(
         self,
-        policy: str | type[MlpPolicy],
+        policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         learning_rate: float | str | Schedule = 1e-3,
         rollout_episodes: int = 16,
@@ -111,7 +124,6 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
             self._setup_model()
 
     def _check_arguments(self) -> None:
-        check_policy_class(self, MlpPolicy)
         for name in ("use_baseline", "bootstrap_truncated", "gamma_t_weight", "normalize_advantage"):
             check_switch(name, getattr(self, name))
         for name, unset in {"bootstrap_truncated": False, "baseline_learning_rate": None}.items():
@@ -138,13 +150,25 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
         self.n_steps = self.max_rollout_steps or self._share * limit  # type: ignore[operator]  # one is there
 
     def _make_optimizers(self) -> None:
-        self.policy.separate_optimizers(self.lr_schedule(1), "Reinforce")
+        separate_optimizers(self.policy, self.lr_schedule(1), "Reinforce")
 
-    def _optimizers(self) -> dict[str, th.optim.Optimizer]:
-        optimizers: dict[str, th.optim.Optimizer] = {"policy": self.policy.optimizer}
-        return {**optimizers, "baseline": self.policy.value_optimizer} if self.use_baseline else optimizers
+    def _networks(self) -> Mapping[str, Network]:
+        policy: Any = self.policy
+        networks = {"policy": self._network("policy", policy, policy.optimizer)}
+        if self.use_baseline:
+            rate = self.baseline_learning_rate
+            networks["baseline"] = self._network("baseline", policy, policy.value_optimizer, rate=rate)
+        return networks
 
     # Rollouts
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """See `OnPolicyMixin.collect_rollouts`; as many steps as the arguments ask for now."""
+        self._check_time_limit()
+        rollout_buffer.buffer_size = self.n_steps  # which it makes room for when it is reset
+        return super().collect_rollouts(env, callback, rollout_buffer, self.n_steps)
 
     def _has_enough(self, finished: np.ndarray) -> bool:
         return bool(finished.min() >= self._share)
@@ -153,52 +177,51 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
         episode = np.cumsum(buffer.episode_starts[: self._rollout_length], axis=0)  # (T, N), from 1
         return super()._finished(buffer) & (episode <= self._share)
 
-    def _complete(self, buffer: RolloutBuffer, actor: ActorCritic, truncations: list[tuple[int, int, Any]]) -> Any:
-        return super()._complete(buffer, actor, truncations if self.bootstrap_truncated else [])
+    def _bootstrapped(self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+        return super()._bootstrapped(rewards, dones, infos) if self.bootstrap_truncated else rewards
 
     # Updates
 
-    @np.errstate(over="ignore", invalid="ignore")  # silent as PyTorch; `_end_updates` says what became of it
     def train(self) -> None:
         """
         One update on the episodes that were collected.
 
         :raises NonFiniteError: if a loss or a parameter is NaN or infinite afterwards
         """
-        self._begin_updates()
-        samples = self._samples()
-        parts = PARTS if self.use_baseline else ("policy",)
-        evaluation = self._learner.evaluate(samples.observations, samples.actions, parts)
-        loss = policy_gradient(evaluation.log_prob, self._weights(samples))
-        slopes = {"log_prob": loss.slope}
-        if self.ent_coef:
-            slopes["entropy"] = -self.ent_coef / samples.size + 0 * loss.slope
-        if self.use_baseline:
-            error = squared_error(evaluation.values, samples.returns)
-            slopes["values"] = error.slope
-            self._means.add("baseline_loss", error.value)
-        evaluation.backward(**slopes)
-        for network in self._descents:
-            self._step(network)
-        self._n_updates += 1
-        self._means.add("policy_loss", loss.value)
-        self._means.add("entropy_loss", -evaluation.entropy.mean())
+        with self._updates():
+            samples = self._samples()
+            discounts = self._discounts().to(samples.returns) if self.gamma_t_weight else None
+            columns = samples.observations, samples.actions, samples.advantages, samples.returns
+            self._run(self._update, Episodes(*columns, discounts))
+            self._n_updates += 1
         self.logger.record("train/samples", samples.size)
-        self._end_updates()
+
+    def _discounts(self) -> th.Tensor:
+        """``(B,)`` gamma^t of the rollout's samples."""
+        starts = th.from_numpy(self.rollout_buffer.episode_starts[: self._rollout_length])
+        discounts = episode_discounts(starts, self.gamma).T
+        return discounts.flatten() if self._kept is None else discounts[th.from_numpy(self._kept.T)]
+
+    def _update(self, batch: Episodes) -> dict[str, th.Tensor]:
+        values, log_prob, entropy = self._evaluate(batch, value=self.use_baseline)
+        policy_loss = -(self._weights(batch) * log_prob).mean()
+        losses = {"policy_loss": policy_loss, "entropy_loss": -entropy.mean()}
+        self._engine.minimise(policy_loss + self.ent_coef * losses["entropy_loss"], "policy")
+        if self.use_baseline:
+            losses["baseline_loss"] = squared_error(values, batch.returns).mean()
+            self._engine.minimise(losses["baseline_loss"], "baseline")
+        return losses
+
+    def _weights(self, batch: Episodes) -> th.Tensor:
+        """``(B,)`` what log pi(a|s) is weighted with: [gamma^t] A"""
+        weights = batch.advantages if self.use_baseline else batch.returns
+        if self.normalize_advantage:
+            weights = normalized(weights)
+        return weights if batch.discounts is None else weights * batch.discounts
 
     def _record_explained_variance(self) -> None:
         if self.use_baseline:
             super()._record_explained_variance()
-
-    def _weights(self, samples: Samples) -> Any:
-        """``(B,)`` what log pi(a|s) is weighted with."""
-        weights = samples.advantages if self.use_baseline else samples.returns
-        if self.normalize_advantage:
-            weights = normalized(weights)
-        if self.gamma_t_weight:
-            starts = self.rollout_buffer.episode_starts[: self._rollout_length]
-            weights = weights * self._learner.array(column(episode_discounts(starts, self.gamma), self._kept))
-        return weights
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()

@@ -12,33 +12,53 @@ Trust region policy optimisation (Schulman et al. 2015, arXiv:1502.05477).
         value: descend mean (V(s) - R)^2
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any, ClassVar, Unpack
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from gymnasium.vector.utils import create_empty_array
 from sb3_contrib import TRPO
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
-from sb3_ac_ext.base.checkpoint import split_optimizer_state
+from sb3_ac_ext.base.checkpoint import parameters_of, split_optimizer_state
+from sb3_ac_ext.base.on_policy import OnPolicyMixin
 from sb3_ac_ext.base.typing import OnPolicyKwargs
+from sb3_ac_ext.buffers.rollouts import Samples, minibatches
+from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.natural_gradient import (
     backtracking_line_search,
+    fisher_product,
     flatten,
     natural_step,
     unflatten,
 )
-from sb3_ac_ext.legacy.actor_critic import POLICIES, Evaluation, MlpPolicy
-from sb3_ac_ext.legacy.descent import constant, parameters_of
-from sb3_ac_ext.legacy.on_policy import OnPolicyMixin
-from sb3_ac_ext.legacy.rollouts import Samples, minibatches
-from sb3_ac_ext.legacy.surrogates import normalized, squared_error, surrogate
+from sb3_ac_ext.functional.surrogates import normalized, squared_error, surrogate
+from sb3_ac_ext.networks.actor_critic import describe, kl_divergence, policy_parameters, statistics
 from sb3_ac_ext.validation import check_choice, check_number, check_switch
+
+
+class Candidate(NamedTuple):
+    """A step of the line search, and what it is judged by."""
+
+    observations: Any
+    actions: th.Tensor
+    log_probs: th.Tensor
+    advantages: th.Tensor
+    described: th.Tensor
+    """``(B, K)`` the old distributions, see `describe`"""
+    start: th.Tensor
+    """``(P,)`` the old parameters"""
+    step: th.Tensor
+    """``(P,)``"""
+    scale: th.Tensor
+    """``()`` c^j"""
 
 
 class TRPOX(OnPolicyMixin, TRPO):
@@ -50,11 +70,10 @@ class TRPOX(OnPolicyMixin, TRPO):
     or no finite step, or the line search accepts none, the policy stays as it is, its standard deviation too.
 
     Differences from the paper with the defaults, which are sb3-contrib's: KL(pi || pi_old) bounds the step, as a mean over the
-    dimensions of Box and MultiBinary actions; advantages are GAE, normalised. Differences from sb3-contrib's TRPO with the
-    extras at their defaults: conjugate gradients start at 0, not at random numbers of size 1e-4; in rollouts, values and
-    log-probabilities are computed at the end.
+    dimensions of Box and MultiBinary actions; advantages are GAE, normalised. Difference from sb3-contrib's TRPO with the
+    extras at their defaults: conjugate gradients start at 0, not at random numbers of size 1e-4.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class derived from these
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class
     :param env: environment or its id
     :param learning_rate: rate of the value: a number >= 0, "lin_x" (falls linearly from x to 0), or a schedule
     :param n_steps: steps of each environment in a rollout, the most of them with ``rollout="episodes"``
@@ -79,8 +98,6 @@ class TRPOX(OnPolicyMixin, TRPO):
     """
 
     sb3_class = TRPO
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICIES
-    policy: MlpPolicy
 
     def __init__(
         self,
@@ -147,8 +164,6 @@ class TRPOX(OnPolicyMixin, TRPO):
         check_choice("kl_direction", self.kl_direction, ("new_old", "old_new"))
         check_choice("kl_reduction", self.kl_reduction, ("mean", "sum"))
         check_switch("normalize_advantage", self.normalize_advantage)
-        if not issubclass(self._translated_policy_class(self.policy_class), MlpPolicy):
-            raise TypeError(f"policy must be derived from {MlpPolicy}, got {self.policy_class}")
 
     def _setup_model(self) -> None:
         self.max_grad_norm = None  # TRPO's base class is told 0, which none of its updates uses
@@ -157,12 +172,23 @@ class TRPOX(OnPolicyMixin, TRPO):
     def _make_optimizers(self) -> None:
         """Only the value has one; what it shares with the policy is the policy's."""
         policy = self.policy
-        shared = {id(parameter) for parameter in policy.policy_parameters()}
-        unshared = [parameter for parameter in policy.value_parameters() if id(parameter) not in shared]
+        own = {*map(id, policy_parameters(policy))}
+        if getattr(policy.mlp_extractor, "policy_net", None) is None:
+            own -= {*map(id, self._values_layers())}
+        unshared = [parameter for parameter in policy.parameters() if id(parameter) not in own]
         policy.optimizer = policy.optimizer_class(unshared, lr=self.lr_schedule(1), **policy.optimizer_kwargs)  # type: ignore[call-arg]  # rates are the subclasses'
 
-    def _optimizers(self) -> dict[str, th.optim.Optimizer]:
-        return {"value": self.policy.optimizer}
+    def _values_layers(self) -> list[nn.Parameter]:
+        """What the distribution of actions does not depend on of layers that are not divided as SB3's."""
+        layers = [parameter for parameter in self.policy.mlp_extractor.parameters() if parameter.requires_grad]
+        self.policy.set_training_mode(False)
+        obs = obs_as_tensor(create_empty_array(self.observation_space, 1, np.zeros), self.device)  # type: ignore[arg-type]  # of arrays
+        parts = [part.sum() for part, _ in statistics(self.policy.get_distribution(obs)) if part.requires_grad]
+        gradients = th.autograd.grad(parts, layers, allow_unused=True)
+        return [parameter for parameter, gradient in zip(layers, gradients, strict=True) if gradient is None]
+
+    def _networks(self) -> Mapping[str, Network]:
+        return {"value": self._network("value", self.policy, self.policy.optimizer)}
 
     def train(self) -> None:
         """
@@ -170,94 +196,99 @@ class TRPOX(OnPolicyMixin, TRPO):
 
         :raises NonFiniteError: if a loss or a parameter is NaN or infinite afterwards
         """
-        self._begin_updates()
-        samples = self._samples()
-        everything = next(minibatches(samples, samples.size))  # in random order, so that every k-th is a random share
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is not accepted
+        with self._updates():
+            samples = self._samples()
+            everything = next(minibatches(samples, samples.size))  # in random order, so that every k-th is a random share
             self._update_policy(everything.at(slice(None, None, self.sub_sampling_factor)))
-        with constant(self.policy.policy_parameters()):
             for _ in range(self.n_critic_updates):
                 for batch in minibatches(samples, self.batch_size):
-                    self._update_value(batch)
-        self._n_updates += 1
-        self._end_updates()
+                    self._run(self._update_value, batch)
+            self._n_updates += 1
 
     def _update_policy(self, samples: Samples) -> None:
         """A natural gradient step, as far as the line search lets it go."""
-        samples = self._prepared(samples)
-        parameters = [parameter for parameter in self.policy.policy_parameters() if parameter.requires_grad]
-        start, before = flatten(parameters).detach(), self._evaluate(samples)
-        objective = self._objective(samples, before)
-        gradient = before.gradient(parameters, *self._slopes(samples, before))
-        some = samples.at(slice(None, None, self.fvp_subsample))
-        product, weight = self._evaluate(some).fisher_product(parameters), self._kl_weight()
+        if not self._free_parameters():
+            return
+        if self.normalize_advantage:
+            samples = samples._replace(advantages=normalized(samples.advantages))
+        natural = self._run(self._natural_step, samples)
+        start, step, described = natural["start"], natural["step"], natural["described"]
+        objective, improvement, predicted_kl = natural["promise"].tolist()
+        columns = samples.observations, samples.actions, samples.log_probs, samples.advantages, described, start, step
+
+        def outcome(scale: float) -> tuple[float, float]:
+            candidate = Candidate(*columns, th.tensor(scale, dtype=th.float64, device=self.device))
+            kl, reached = self._run(self._try, candidate)["outcome"].tolist()
+            return kl, reached - objective
+
+        accepted = backtracking_line_search(
+            outcome,
+            improvement,
+            self.target_kl,
+            self.line_search_shrinking_factor,
+            self.line_search_max_iter,
+            self.accept_ratio or 0.0,
+        )
+        if not accepted.scale:
+            _assign(self._free_parameters(), start)
+        self.logger.record("train/policy_objective", objective + accepted.improvement)
+        self.logger.record("train/kl_divergence_loss", accepted.kl)
+        self.logger.record("train/policy_predicted_kl", accepted.scale**2 * predicted_kl)
+        self.logger.record("train/step_scale", accepted.scale)
+        self.logger.record("train/is_line_search_success", float(accepted.scale > 0))
+
+    def _natural_step(self, batch: Samples) -> dict[str, th.Tensor]:
+        """The old policy, the step from it to the border of the trust region, and what that promises."""
+        parameters = self._free_parameters()
+        distribution = self.policy.get_distribution(batch.observations)
+        objective, entropy = self._objective(batch, distribution)
+        gradients = th.autograd.grad(objective, parameters, retain_graph=True, materialize_grads=True)
+        gradient, described = flatten(gradients), describe(distribution)
+        if self.fvp_subsample > 1:
+            distribution = self.policy.get_distribution(batch.at(slice(None, None, self.fvp_subsample)).observations)
+        product, weight = fisher_product(statistics(distribution), parameters), self._kl_weight()
         found = natural_step(lambda v: weight * product(v), gradient, self.target_kl, self.cg_damping, self.cg_max_steps)
+        return {
+            "start": flatten(parameters),
+            "step": found.step,
+            "described": described,
+            "promise": th.stack([objective, found.improvement, found.kl]),
+            "policy_grad_norm": gradient.norm(),
+            "entropy_loss": -entropy.mean(),
+        }
 
-        def outcome(scale: float) -> tuple[th.Tensor, th.Tensor]:
-            _assign(parameters, start + scale * found.step)
-            after = self._evaluate(samples)
-            kl = weight * after.kl(samples.described, reverse=self.kl_direction == "new_old").mean()
-            return th.as_tensor(kl), self._objective(samples, after) - objective
+    @th.no_grad()
+    def _try(self, candidate: Candidate) -> dict[str, th.Tensor]:
+        """Take the step; KL divergence and objective there."""
+        _assign(self._free_parameters(), candidate.start + candidate.scale * candidate.step)
+        distribution = self.policy.get_distribution(candidate.observations)
+        kl = kl_divergence(candidate.described, distribution, reverse=self.kl_direction == "new_old").mean()
+        return {"outcome": th.stack([self._kl_weight() * kl, self._objective(candidate, distribution)[0]])}
 
-        with th.no_grad():
-            accepted = backtracking_line_search(
-                outcome,
-                found.improvement,
-                self.target_kl,
-                self.line_search_shrinking_factor,
-                self.line_search_max_iter,
-                self.accept_ratio or 0.0,
-            )
-            if not accepted.scale:
-                _assign(parameters, start)
-        self._means.add("policy_grad_norm", gradient.norm())
-        self._means.add("entropy_loss", -before.entropy.mean())
-        self._means.add("policy_objective", objective + accepted.improvement)
-        self._means.add("kl_divergence_loss", accepted.kl)
-        self._means.add("policy_predicted_kl", accepted.scale**2 * found.kl)
-        self._means.add("step_scale", accepted.scale)
-        self._means.add("is_line_search_success", float(accepted.scale > 0))
-
-    def _prepared(self, samples: Samples) -> Samples:
-        """What is computed once: the advantages that count, the old distributions."""
-        advantages = normalized(samples.advantages) if self.normalize_advantage else samples.advantages
-        return samples._replace(advantages=advantages, described=self._learner.describe(samples.observations))
-
-    def _evaluate(self, samples: Samples) -> Evaluation:
-        return self._learner.evaluate(samples.observations, samples.actions, ("policy",))
-
-    def _objective(self, samples: Samples, evaluation: Evaluation) -> th.Tensor:
-        """L, a scalar."""
-        loss = surrogate(evaluation.log_prob - samples.log_probs, samples.advantages)
-        return th.as_tensor(self.ent_coef * evaluation.entropy.mean() - loss.value)
-
-    def _slopes(self, samples: Samples, evaluation: Evaluation) -> tuple[Any, Any]:
-        """The derivatives of L by the log-probabilities and by the entropies."""
-        loss = surrogate(evaluation.log_prob - samples.log_probs, samples.advantages)
-        return -loss.slope, self.ent_coef / samples.size + 0 * loss.slope if self.ent_coef else None
+    def _objective(self, batch: Samples | Candidate, distribution: Distribution) -> tuple[th.Tensor, th.Tensor]:
+        """``()`` L, and the entropies ``(B,)``"""
+        log_prob, entropy = distribution.log_prob(batch.actions), distribution.entropy()
+        entropy = -log_prob if entropy is None else entropy
+        return surrogate(log_prob - batch.log_probs, batch.advantages).mean() + self.ent_coef * entropy.mean(), entropy
 
     def _kl_weight(self) -> float:
         """Of the divergence of the actions as a whole."""
         several = self.kl_reduction == "mean" and isinstance(self.action_space, (spaces.Box, spaces.MultiBinary))
         return 1.0 / get_action_dim(self.action_space) if several else 1.0
 
-    def _update_value(self, batch: Samples) -> None:
-        """One gradient step."""
-        with self._workspace.lend() if self.engine else nullcontext():
-            evaluation = self._learner.evaluate(batch.observations, batch.actions, ("value",))
-            loss = squared_error(evaluation.values, batch.returns)
-            evaluation.backward(values=loss.slope)
-        self._step("value")
-        self._means.add("value_loss", loss.value)
+    def _update_value(self, batch: Samples) -> dict[str, th.Tensor]:
+        value_loss = squared_error(self.policy.predict_values(batch.observations).flatten(), batch.returns).mean()
+        self._engine.minimise(value_loss, "value")
+        return {"value_loss": value_loss}
 
-    def _end_updates(self) -> None:
-        self._check_finite("policy", "parameters", flatten(self.policy.policy_parameters()).norm().item())
-        super()._end_updates()
+    def _free_parameters(self) -> list[nn.Parameter]:
+        """What the natural gradient moves, P numbers together."""
+        return [parameter for parameter in policy_parameters(self.policy) if parameter.requires_grad]
 
-    def engine_report(self) -> dict[str, str]:
-        """See `UpdateMixin.engine_report`."""
-        report = super().engine_report()
-        return {**report, "policy update": f"natural gradient by {report['acting']}"}
+    def _check_finite(self, means: Mapping[str, float]) -> None:
+        norm = flatten(policy_parameters(self.policy)).norm().item()
+        self._raise_unless_finite("policy", "parameters", norm)
+        super()._check_finite(means)
 
     def _translated_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """See `CheckpointMixin`; TRPO's optimizer has all parameters, and a state for the same ones as ours."""
@@ -271,7 +302,9 @@ class TRPOX(OnPolicyMixin, TRPO):
         return translated
 
 
-def _assign(parameters: Sequence[nn.Parameter], values: th.Tensor) -> None:
-    """Give parameters the values of a vector, in place because others have views of them; without gradients."""
+@th.no_grad()
+def _assign(parameters: Iterable[nn.Parameter], values: th.Tensor) -> None:
+    """Give parameters the numbers of a vector, in the memory where they are."""
+    parameters = list(parameters)
     for parameter, part in zip(parameters, unflatten(values, parameters), strict=True):
         parameter.copy_(part)

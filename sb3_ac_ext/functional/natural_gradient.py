@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch as th
 
 Tensors = tuple[th.Tensor, ...]
+Statistic = tuple[th.Tensor, Callable[[th.Tensor], th.Tensor]]
+"""``(B, ...)`` numbers that a distribution is a function of, and directions of them -> F_d times these."""
 LOG_STD_FISHER = 2.0
 """Fisher information of the log std of a Gaussian, whatever its mean and std; that of the mean is 1 / sigma^2."""
 
@@ -149,7 +151,7 @@ def bernoulli_fisher(tangent: th.Tensor, probs: th.Tensor) -> th.Tensor:
 
 
 def fisher_product(
-    statistics: Sequence[th.Tensor], parameters: Sequence[th.Tensor], head: Callable[[Tensors], Sequence[th.Tensor]]
+    statistics: Sequence[Statistic], parameters: Sequence[th.Tensor]
 ) -> Callable[[th.Tensor], th.Tensor]:
     """
     Makes v -> F v for a policy from what it has computed for a batch of states.
@@ -158,19 +160,22 @@ def fisher_product(
     through the first one's graph, which is made once. So a product costs two backward passes and no second derivative of
     the network, and it is exact for any network whose backward pass can be differentiated.
 
-    :param statistics: phi, each ``(B, ...)`` and with its graph; every one must depend on a parameter
-    :param parameters: P numbers together; a statistic must depend on every one
-    :param head: directions of the statistics -> F_d times these, such as `categorical_fisher` at the old policy
+    :param statistics: phi, each ``(B, ...)`` with its graph, and products with F_d's block in it at the old policy, such as
+        `categorical_fisher`; those that depend on no parameter do not matter
+    :param parameters: P numbers together
     :return: v -> F v for ``(P,)``, with the mean over the batch, without damping; usable under ``torch.no_grad()``
     """
-    batch_size = len(statistics[0])
-    weights = [th.zeros_like(statistic, requires_grad=True) for statistic in statistics]
-    pulled = th.autograd.grad(statistics, parameters, weights, create_graph=True)  # J^T u, for u of any value
+    phi, heads = zip(*(statistic for statistic in statistics if statistic[0].requires_grad), strict=True)
+    weights = [th.zeros_like(part, requires_grad=True) for part in phi]
+    # J^T u, for u of any value
+    pulled = th.autograd.grad(phi, parameters, weights, create_graph=True, materialize_grads=True)
+    used = [i for i, part in enumerate(pulled) if part.requires_grad]
 
     def product(vector: th.Tensor) -> th.Tensor:
-        moved = th.autograd.grad(pulled, weights, unflatten(vector, parameters), retain_graph=True)  # J v
-        weighted = [direction / batch_size for direction in head(moved)]
-        return flatten(th.autograd.grad(statistics, parameters, weighted, retain_graph=True))
+        parts = unflatten(vector, parameters)
+        moved = th.autograd.grad([pulled[i] for i in used], weights, [parts[i] for i in used], retain_graph=True)  # J v
+        weighted = [head(direction) / len(direction) for head, direction in zip(heads, moved, strict=True)]
+        return flatten(th.autograd.grad(phi, parameters, weighted, retain_graph=True, materialize_grads=True))
 
     return product
 
@@ -180,15 +185,15 @@ class LineSearch(NamedTuple):
 
     scale: float
     """Of the step that was accepted; 0 if none was, and the parameters must be what they were before it."""
-    kl: th.Tensor
-    """Scalar, the KL divergence there in nats; 0 if no step was accepted."""
-    improvement: th.Tensor
-    """Scalar, what the objective gained there; 0 if no step was accepted."""
+    kl: float
+    """The KL divergence there in nats; 0 if no step was accepted."""
+    improvement: float
+    """What the objective gained there; 0 if no step was accepted."""
 
 
 def backtracking_line_search(
-    evaluate: Callable[[float], tuple[th.Tensor, th.Tensor]],
-    expected_improvement: th.Tensor | float,
+    evaluate: Callable[[float], tuple[float, float]],
+    expected_improvement: float,
     max_kl: float,
     shrinking_factor: float = 0.8,
     max_iter: int = 10,
@@ -199,22 +204,22 @@ def backtracking_line_search(
 
         accept the first j with  kl_j <= max_kl,  gain_j > 0,  gain_j >= accept_ratio * c^j * expected_improvement
 
-    A KL divergence or gain that is not a number is never accepted. Each candidate's answer is read from the device, because
-    those behind it are evaluated only if it is refused.
+    A KL divergence or gain that is not a number is never accepted.
 
-    :param evaluate: scale of the step -> KL divergence and gain of the objective there, both scalars
+    :param evaluate: scale of the step -> KL divergence and gain of the objective there
     :param expected_improvement: of the whole step, to first order
     :param max_kl: the trust region's radius in nats, with what slack it is given
     :param shrinking_factor: c, in (0, 1)
     :param max_iter: number of steps tried, >= 1
     :param accept_ratio: least share of the expected improvement, in [0, 1]; 0 accepts any gain
     :return: the accepted scale, and KL divergence and gain there
+    :raises ValueError: if ``max_iter`` is below 1
     """
     if max_iter < 1:
         raise ValueError(f"max_iter must be >= 1, got {max_iter}")
     for j in range(max_iter):
         scale = shrinking_factor**j
         kl, improvement = evaluate(scale)
-        if (kl <= max_kl) & (improvement > 0) & (improvement >= accept_ratio * scale * expected_improvement):
+        if kl <= max_kl and improvement > 0 and improvement >= accept_ratio * scale * expected_improvement:
             return LineSearch(scale, kl, improvement)
-    return LineSearch(0.0, th.zeros_like(kl), th.zeros_like(improvement))
+    return LineSearch(0.0, 0.0, 0.0)
