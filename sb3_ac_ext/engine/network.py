@@ -19,6 +19,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 VANISHED = (1e-30, 1e-36)
 """First and second moments below these are 0 to Adam in fp32, with any eps that is not below `LEAST_EPS`."""
 LEAST_EPS = 1e-12
+UNSEEN = ("lr", "params", "iterations")
+"""Options of an optimizer that a recording does not depend on: the rate is a tensor there, steps are counted outside."""
 
 
 @dataclass
@@ -48,9 +50,9 @@ class Network:
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def settings(self) -> tuple[Any, ...]:
-        """What a recorded step has read from this record and the optimizer's options, rates apart."""
+        """What a recorded step has read from this record and the optimizer's options."""
         groups = self.optimizer.param_groups
-        options = [{key: value for key, value in group.items() if key not in ("lr", "params")} for group in groups]
+        options = [{key: value for key, value in group.items() if key not in UNSEEN} for group in groups]
         clipped = None if self.clipped is None else [[*map(id, parameters)] for parameters in self.clipped]
         return self.weight_decay, self.max_grad_norm, clipped, id(self.module), id(self.target), options
 
