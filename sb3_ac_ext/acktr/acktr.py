@@ -6,38 +6,48 @@ Actor-critic using Kronecker-factored trust regions (ACKTR; Wu et al. 2017, arXi
         for each layer: A = E[a a^T] of its inputs a, S = E[g g^T] of the derivatives g by its outputs,
         as moving averages                                                           (section 3.1)
     g = gradient of -mean A log pi(a|s) - ent_coef mean H[pi(.|s)] + vf_coef mean (V(s) - R)^2
-    D = (A (x) S + damping)^-1 g, for each layer                                     (section 2.2)
-    eta = min(learning_rate, sqrt(2 max_kl / D^T F D))                               (section 3.2)
+    D = (F + damping I)^-1 g with F = A (x) S, for each layer                        (section 2.2)
+    eta = min(learning_rate, sqrt(2 max_kl / D^T (F + damping I) D))                 (section 3.2)
     theta <- theta - eta D, averaged over steps by momentum
 
 The Fisher matrix of N(V, 1) is the Gauss-Newton matrix of the critic's loss.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, Self, Unpack
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Self, Unpack
 
 import torch as th
-from gymnasium import spaces
+from stable_baselines3 import A2C
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from torch import nn
-from torch.nn import functional as F
 
 from sb3_ac_ext.acktr.arguments import check_acktr_arguments, check_shared_arguments
+from sb3_ac_ext.acktr.blocks import LayerCalls
 from sb3_ac_ext.acktr.kfac_optimizer import KFAC, OPTIONS
+from sb3_ac_ext.base.on_policy import OnPolicyMixin
 from sb3_ac_ext.base.typing import OnPolicyKwargs
+from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.kfac import adapted_step_scale
-from sb3_ac_ext.legacy.actor_critic import POLICIES, MlpPolicy
-from sb3_ac_ext.legacy.descent import backward
-from sb3_ac_ext.legacy.on_policy import OnPolicyMixin
-from sb3_ac_ext.legacy.rollouts import Samples
-from sb3_ac_ext.legacy.surrogates import normalized
+from sb3_ac_ext.functional.surrogates import normalized, squared_error
+from sb3_ac_ext.networks.actor_critic import describe, kl_divergence, policy_modules, value_modules
 
 VALUE_MAX_KL = 0.01
 """``value_max_kl`` where the argument is None."""
+
+
+class Rollout(NamedTuple):
+    """The fields of `Samples` that an update reads, and the largest steps."""
+
+    observations: Any
+    actions: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+    described: Any
+    """``(B, K)`` pi(.|s) before the step, see `describe`; None as long as it is not known."""
+    rates: dict[str, th.Tensor]
+    """``()`` eta_max of each network, by its name."""
 
 
 class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
@@ -59,7 +69,7 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
     certain: the factors are averages, which lag behind (less so with a smaller ``stats_decay``), and they leave out what
     layers do together; and the samples are those that the step was made of.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class derived from `MlpPolicy`
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class
     :param env: environment or its id
     :param learning_rate: largest step eta_max: a number >= 0, "lin_x" (falls linearly from x to 0), or a schedule
     :param n_steps: steps of each environment in a rollout, which is one batch
@@ -84,8 +94,7 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
     """
 
     sb3_class = OnPolicyAlgorithm
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICIES
-    policy: MlpPolicy
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = A2C.policy_aliases
 
     def __init__(
         self,
@@ -146,21 +155,41 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
         check_acktr_arguments(self)
 
     def _make_optimizers(self) -> None:
-        log_std = getattr(self.policy, "log_std", None)
-        options = {name: getattr(self, name) for name in OPTIONS}
+        policy: Any = self.policy
+        log_std = getattr(policy, "log_std", None)
+        log_std = log_std if isinstance(log_std, nn.Parameter) else None
+        networks = separate_networks(policy, log_std)
         rate = self.lr_schedule(1)
-        networks = separate_networks(self.policy)
         if networks is None:
             check_shared_arguments(self)
-            self.policy.optimizer = KFAC(dict(self.policy.named_children()), rate, log_std=log_std, **options)
-            return
-        value_max_kl = VALUE_MAX_KL if self.value_max_kl is None else self.value_max_kl
-        self.policy.optimizer = KFAC(networks["policy"], rate, log_std=log_std, **options)
-        self.policy.value_optimizer = KFAC(networks["value"], rate, **{**options, "max_kl": value_max_kl})
+            policy.optimizer = KFAC({"policy": policy}, rate, log_std=log_std, **self._options("policy"))
+        else:
+            policy.optimizer = KFAC(networks["policy"], rate, log_std=log_std, **self._options("policy"))
+            policy.value_optimizer = KFAC(networks["value"], rate, **self._options("value"))
 
-    def _optimizers(self) -> dict[str, th.optim.Optimizer]:
-        optimizers: dict[str, th.optim.Optimizer] = {"policy": self.policy.optimizer}
-        return {**optimizers, "value": self.policy.value_optimizer} if hasattr(self.policy, "value_optimizer") else optimizers
+    def _options(self, network: str) -> dict[str, Any]:
+        """Of a network's optimizer."""
+        options = {name: getattr(self, name) for name in OPTIONS}
+        if network == "value":
+            options["max_kl"] = VALUE_MAX_KL if self.value_max_kl is None else self.value_max_kl
+        return options
+
+    def _networks(self) -> Mapping[str, Network]:
+        policy: Any = self.policy
+        networks = {"policy": self._network("policy", policy, policy.optimizer)}
+        if self.kl_target is not None:
+            networks["policy"].rate *= self._step_scale
+        if hasattr(policy, "value_optimizer"):
+            networks["value"] = self._network("value", policy, policy.value_optimizer, rate=self.value_learning_rate)
+        for name, network in networks.items():
+            if isinstance(network.optimizer, KFAC):
+                network.optimizer.param_groups[0].update(self._options(name))
+        return networks
+
+    def _kfacs(self) -> dict[str, KFAC]:
+        """The networks' optimizers, but for those that somebody has put in their place."""
+        optimizers = {name: network.optimizer for name, network in self._engine.networks.items()}
+        return {name: optimizer for name, optimizer in optimizers.items() if isinstance(optimizer, KFAC)}
 
     def train(self) -> None:
         """
@@ -168,86 +197,61 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
 
         :raises NonFiniteError: if a loss or a parameter is NaN or infinite afterwards
         """
-        self._begin_updates()
-        samples = self._samples()
-        samples = samples._replace(described=self._learner.describe(samples.observations))
-        batch = self._tensors(samples)
-        with self._recording():
-            values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, batch.actions)
-        values = values.flatten()
-        self._update_factors(log_prob, values)
-        backward(self._loss(batch, values, log_prob, entropy), self._descents.values())
-        for network in self._descents:
-            self._step(network)
-        self._n_updates += 1
-        self._adapt_step(samples)
-        self._end_updates()
+        with self._updates() as engine:
+            samples = self._samples()
+            columns = samples.observations, samples.actions, samples.advantages, samples.returns
+            rates = {name: th.as_tensor(network.rate, device=self.device) for name, network in engine.networks.items()}
+            batch = Rollout(*columns, described=None, rates=rates)
+            outputs = self._run(self._gradients, batch)
+            cold = [self._prepare(name, optimizer, outputs) for name, optimizer in self._kfacs().items()]
+            outputs = self._run(self._step, batch._replace(described=outputs["described"]), *cold)
+            self._n_updates += 1
+            if self.kl_target is not None:
+                self.logger.record("train/step_scale", self._step_scale)
+                self._step_scale = adapted_step_scale(self._step_scale, outputs["kl"].item(), self.kl_target)
 
-    def _tensors(self, samples: Samples) -> Samples:
-        """What autograd takes; numpy arrays without copies on a CPU."""
+    @staticmethod
+    def _prepare(name: str, optimizer: KFAC, outputs: Mapping[str, th.Tensor]) -> bool:
+        """What is done between the gradients and the step; returns whether it is a cold one."""
+        prefix = f"{name} "
+        optimizer.average({key.removeprefix(prefix): outputs[key] for key in outputs if key.startswith(prefix)})
+        return optimizer.begin_step()
 
-        def tensor(field: Any) -> Any:
-            if isinstance(field, dict):
-                return {name: tensor(value) for name, value in field.items()}
-            return th.as_tensor(field, device=self.device)
-
-        batch = Samples(*(tensor(field) for field in samples))
-        return (
-            batch._replace(actions=batch.actions.long().flatten()) if isinstance(self.action_space, spaces.Discrete) else batch
-        )
-
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
-        """The optimizers see the forward pass."""
-        with ExitStack() as stack:
-            for optimizer in self._kfacs().values():
-                stack.enter_context(optimizer.recording())
-            yield
-
-    def _kfacs(self) -> dict[str, KFAC]:
-        return {name: optimizer for name, optimizer in self._optimizers().items() if isinstance(optimizer, KFAC)}
-
-    def _update_factors(self, log_prob: th.Tensor, values: th.Tensor) -> None:
-        """
-        Fisher factors from outputs that the model drew: the rollout's actions, and values one sigma above or below V.
-
-        Both signs have the same odds, which gives y the mean and variance of N(V, sigma^2); the Fisher matrix asks for no
-        more.
-        """
+    def _gradients(self, batch: Rollout) -> dict[str, th.Tensor]:
+        """Of the loss, A2C's; and the Fisher factors of the same forward pass."""
+        with LayerCalls() as calls:
+            values, log_prob, entropy = self._evaluate(batch)
+        # y is one sigma above or below V, with the same odds: the mean and variance of N(V, sigma^2), and no more is needed
         signs = 2.0 * th.randint(0, 2, values.shape, device=values.device) - 1
         log_likelihood = log_prob + self.vf_fisher_coef**0.5 * signs * values
-        for optimizer in self._kfacs().values():
-            optimizer.update_factors(log_likelihood)
+        outputs: dict[str, th.Tensor] = {}
+        for name, optimizer in self._kfacs().items():
+            factors = optimizer.factors(log_likelihood, calls)
+            outputs |= {f"{name} {key}": value for key, value in factors.items()}
 
-    def _loss(self, batch: Samples, values: th.Tensor, log_prob: th.Tensor, entropy: th.Tensor | None) -> th.Tensor:
-        """A2C's."""
         advantages = normalized(batch.advantages) if self.normalize_advantage else batch.advantages
         policy_loss = -(advantages * log_prob).mean()
-        value_loss = F.mse_loss(values, batch.returns)
-        entropy_loss = log_prob.mean() if entropy is None else -entropy.mean()
-        for name, loss in (("policy", policy_loss), ("value", value_loss), ("entropy", entropy_loss)):
-            self._means.add(f"{name}_loss", loss)
-        return policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+        value_loss = squared_error(values, batch.returns).mean()
+        entropy_loss = -entropy.mean()
+        loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+        self._engine.differentiate(loss, *batch.rates)
+        with th.no_grad():
+            outputs["described"] = describe(self.policy.get_distribution(batch.observations))
+        return {**outputs, "policy_loss": policy_loss, "value_loss": value_loss, "entropy_loss": entropy_loss}
 
-    def _begin_updates(self) -> None:
-        super()._begin_updates()
-        if self.kl_target is not None:
-            policy = self._descents["policy"]
-            policy.set_rate(self._step_scale * policy.optimizer.param_groups[0]["lr"])
-
-    def _adapt_step(self, samples: Samples) -> None:
-        """Measure the divergence that the update made, and adapt the next one to it."""
-        kl = float(self._over(samples, ("policy",), lambda evaluation, part: evaluation.kl(part.described)).mean())
-        self._means.add("kl", kl)
-        if self.kl_target is not None:
-            self.logger.record("train/step_scale", self._step_scale)
-            self._step_scale = adapted_step_scale(self._step_scale, kl, self.kl_target)
-
-    def _end_updates(self) -> None:
-        for name, optimizer in self._kfacs().items():
-            for key, value in optimizer.measures.items():
-                self._means.add(f"{name}_{key}", value)
-        super()._end_updates()
+    def _step(self, batch: Rollout, *cold: bool) -> dict[str, th.Tensor]:
+        """Of the parameters, and how far the policy has moved."""
+        outputs: dict[str, th.Tensor] = {}
+        kfacs = self._kfacs()
+        for (name, optimizer), is_cold in zip(kfacs.items(), cold, strict=True):
+            self._engine.gradients(name)
+            measures = optimizer.apply(batch.rates[name], is_cold)
+            outputs |= {f"{name}_{key}": value for key, value in measures.items()}
+        for name in batch.rates.keys() - kfacs.keys():
+            self._engine.step(name)
+        with th.no_grad():
+            kl = kl_divergence(batch.described, self.policy.get_distribution(batch.observations)).mean()
+        return {**outputs, "kl": kl}
 
     def learn(
         self,
@@ -267,32 +271,16 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()
-        return [*state_dicts, *(["policy.value_optimizer"] if "value" in self._optimizers() else [])], tensors
+        return [*state_dicts, *(["policy.value_optimizer"] if hasattr(self.policy, "value_optimizer") else [])], tensors
 
 
-def separate_networks(policy: MlpPolicy) -> dict[str, dict[str, nn.Module]] | None:
+def separate_networks(policy: ActorCriticPolicy, log_std: nn.Parameter | None) -> dict[str, dict[str, nn.Module]] | None:
     """
-    :param policy: the policy of an on-policy algorithm
-    :return: the modules of policy and value by name; None if they share trained parameters
+    :param policy: any
+    :param log_std: a trained parameter of its own
+    :return: the modules of policy and value by name; None if these share trained parameters or are not all that is trained
     """
-    if not isinstance(policy.mlp_extractor, MlpExtractor):
-        return None
-    policy_ids, value_ids = (
-        {id(p) for p in parameters if p.requires_grad}
-        for parameters in (policy.policy_parameters(), policy.value_parameters())
-    )
-    if policy_ids & value_ids:
-        return None
-    layers = policy.mlp_extractor
-    return {
-        "policy": {
-            "pi_features_extractor": policy.pi_features_extractor,
-            "mlp_extractor.policy_net": layers.policy_net,
-            "action_net": policy.action_net,
-        },
-        "value": {
-            "vf_features_extractor": policy.vf_features_extractor,
-            "mlp_extractor.value_net": layers.value_net,
-            "value_net": policy.value_net,
-        },
-    }
+    networks = {"policy": policy_modules(policy), "value": value_modules(policy)}
+    own = [{p for module in modules.values() for p in module.parameters() if p.requires_grad} for modules in networks.values()]
+    everything = {p for p in policy.parameters() if p.requires_grad and p is not log_std}
+    return networks if not own[0] & own[1] and own[0] | own[1] == everything else None

@@ -3,7 +3,6 @@
 from typing import Any
 
 from sb3_ac_ext.acktr.kfac_optimizer import check_options
-from sb3_ac_ext.legacy.actor_critic import MlpPolicy
 from sb3_ac_ext.validation import UnsupportedError, check_number, check_switch
 
 
@@ -28,8 +27,6 @@ def check_acktr_arguments(model: Any) -> None:
                 f"policy_kwargs[{name!r}] must be left out: ACKTR's optimizer is K-FAC, whose options are arguments of ACKTR; "
                 f"got {model.policy_kwargs[name]!r}"
             )
-    if not issubclass(model.policy_class, MlpPolicy):
-        raise TypeError(f"policy must be derived from {MlpPolicy.__module__}.{MlpPolicy.__name__}, got {model.policy_class}")
 
 
 def check_shared_arguments(model: Any) -> None:

@@ -5,8 +5,12 @@ from typing import Any
 
 import torch as th
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from sb3_ac_ext.functional import kfac
+from sb3_ac_ext.functional.natural_gradient import LOG_STD_FISHER
 from sb3_ac_ext.validation import UnsupportedError
 
 MORE_DAMPING = 10.0
@@ -14,7 +18,42 @@ MORE_DAMPING = 10.0
 ATTEMPTS = 8
 """How often it is applied before the layer goes on with the inverses that it has."""
 
-State = dict[str, Any]
+State = dict[str, th.Tensor]
+INVERSES = {
+    "eigen": ("input_values", "input_vectors", "output_values", "output_vectors"),
+    "cholesky": ("input_inverse", "output_inverse"),
+}
+"""What is in the state of a layer's block for each kind of inversion."""
+
+
+class LayerCalls(TorchFunctionMode):
+    """What linear layers and 2D convolutions get and give in this context, see `of`. Nothing is set up in the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[th.Tensor, list[tuple[th.Tensor, GradientEdge]]] = {}
+        """By its weight a layer's calls: inputs ``(N, ...)`` without graph, and the place of the output in the graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """See PyTorch's ``TorchFunctionMode``."""
+        output = func(*args, **(kwargs or {}))
+        if func in (F.linear, F.conv2d) and len(args) > 1 and output.requires_grad:
+            inputs, weight = args[:2]
+            # the place holds if what follows works in place
+            self.of.setdefault(weight, []).append((inputs.detach(), get_gradient_edge(output)))
+        return output
+
+
+def put(state: State, **values: th.Tensor) -> None:
+    """
+    :param state: of a block, changed
+    :param values: what is written to the memory that is there under these names, or becomes it
+    """
+    for name, value in values.items():
+        if name in state:
+            state[name].copy_(value)
+        else:
+            state[name] = value
 
 
 class LayerBlock:
@@ -26,9 +65,14 @@ class LayerBlock:
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         self.layer = layer
-        self.parameters = [parameter for parameter in (layer.weight, layer.bias) if parameter is not None]
-        if not self.parameters[-1].requires_grad:
-            del self.parameters[-1]
+        self.parameters = [layer.weight]
+        if layer.bias is not None and layer.bias.requires_grad:
+            self.parameters.append(layer.bias)
+        self._columns = [parameter.numel() // len(parameter) for parameter in self.parameters]
+
+    def zeros(self) -> th.Tensor:
+        """``(O, I)``"""
+        return self.layer.weight.new_zeros(len(self.layer.weight), sum(self._columns))
 
     @staticmethod
     def obstacle(module: nn.Module) -> str | None:
@@ -48,11 +92,11 @@ class LayerBlock:
             return f"padding={module.padding!r}, padding_mode={module.padding_mode!r}"
         return None
 
-    def by_position(self, inputs: th.Tensor, gradient: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    def factors(self, inputs: th.Tensor, gradient: th.Tensor) -> State:
         """
         :param inputs: ``(N, ...)`` what the layer got
-        :param gradient: ``(N, ...)`` derivatives by its output
-        :return: ``(N, T, I)`` and ``(N, T, O)``
+        :param gradient: ``(N, ...)`` derivatives of the log-likelihoods by its output
+        :return: ``input_factor`` A ``(I, I)`` and ``output_factor`` S ``(O, O)``
         """
         if isinstance(self.layer, nn.Conv2d):
             conv = self.layer
@@ -60,29 +104,21 @@ class LayerBlock:
             gradient = gradient.flatten(2).transpose(1, 2)
         else:
             inputs, gradient = (x.reshape(len(x), -1, x.shape[-1]) for x in (inputs, gradient))
-        return kfac.with_one(inputs) if len(self.parameters) == 2 else inputs, gradient
+        inputs = kfac.with_one(inputs) if len(self.parameters) == 2 else inputs
+        return {"input_factor": kfac.input_factor(inputs), "output_factor": kfac.output_factor(gradient)}
 
-    def gradient(self) -> th.Tensor | None:
-        """``(O, I)`` derivatives of the loss by W; None if the loss does not depend on it."""
-        if self.parameters[0].grad is None:
-            return None
-        columns = [
-            th.zeros_like(parameter).view(len(parameter), -1)
-            if parameter.grad is None
-            else parameter.grad.reshape(len(parameter), -1)
-            for parameter in self.parameters
-        ]
-        return th.cat(columns, dim=1)
+    def gradient(self) -> th.Tensor:
+        """``(O, I)`` derivatives of the loss by W, 0 where there are none."""
+        columns = [th.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        return th.cat([column.reshape(len(column), -1) for column in columns], dim=1)
 
-    def move(self, step: th.Tensor) -> None:
+    def parts(self, step: th.Tensor) -> list[th.Tensor]:
         """
-        :param step: ``(O, I)`` what is added to W
+        :param step: ``(O, I)`` for W
+        :return: the same for each of the parameters
         """
-        weight = self.parameters[0]
-        if len(self.parameters) == 2:
-            self.parameters[1].add_(step[:, -1])
-            step = step[:, :-1]
-        weight.add_(step.reshape(weight.shape))
+        columns = step.split(self._columns, dim=1)
+        return [part.reshape(parameter.shape) for part, parameter in zip(columns, self.parameters, strict=True)]
 
     def invert(self, state: State, inversion: str, damping: float) -> None:
         """
@@ -95,28 +131,14 @@ class LayerBlock:
         :param damping: lambda
         """
         a, s = state["input_factor"], state["output_factor"]
-        state["trace_ratio"] = kfac.trace_ratio(a, s)
         more = damping
         for _ in range(ATTEMPTS):
-            inverses = self._eigenbases(a, s, more - damping) if inversion == "eigen" else self._inverses(a, s, more)
+            inverses = _eigenbases(a, s, more - damping) if inversion == "eigen" else _inverses(a, s, more)
             if inverses is not None:
-                state.update(inverses)
+                put(state, **dict(zip(INVERSES[inversion], inverses, strict=True)))
                 break
             more *= MORE_DAMPING
-        state["damping"] = a.new_tensor(more)
-
-    @staticmethod
-    def _eigenbases(a: th.Tensor, s: th.Tensor, shift: float) -> State | None:
-        names = ("input_values", "input_vectors", "output_values", "output_vectors")
-        try:
-            return dict(zip(names, (*kfac.eigenbasis(a, shift), *kfac.eigenbasis(s, shift)), strict=True))
-        except th.linalg.LinAlgError:
-            return None
-
-    @staticmethod
-    def _inverses(a: th.Tensor, s: th.Tensor, damping: float) -> State | None:
-        a_inverse, s_inverse, good = kfac.cholesky_inverses(a, s, damping)
-        return {"input_inverse": a_inverse, "output_inverse": s_inverse} if bool(good) else None
+        put(state, trace_ratio=kfac.trace_ratio(a, s), damping=a.new_tensor(more))
 
     def direction(self, state: State, gradient: th.Tensor, inversion: str) -> th.Tensor:
         """
@@ -125,13 +147,13 @@ class LayerBlock:
         :param inversion: "eigen" or "cholesky"
         :return: ``(O, I)`` the natural gradient; the gradient itself as long as no inversion has succeeded
         """
-        if inversion == "cholesky" and "input_inverse" in state:
-            return kfac.precondition(gradient, state["input_inverse"], state["output_inverse"])
-        if inversion == "eigen" and "input_values" in state:
-            a_basis = state["input_values"], state["input_vectors"]
-            s_basis = state["output_values"], state["output_vectors"]
-            return kfac.precondition_eigen(gradient, a_basis, s_basis, state["damping"])
-        return gradient
+        if any(name not in state for name in INVERSES[inversion]):
+            return gradient
+        inverses = [state[name] for name in INVERSES[inversion]]
+        if inversion == "cholesky":
+            return kfac.precondition(gradient, *inverses)
+        a, u_a, s, u_s = inverses
+        return kfac.precondition_eigen(gradient, (a, u_a), (s, u_s), state["damping"])
 
     def quadratic(self, state: State, step: th.Tensor) -> th.Tensor:
         """
@@ -140,6 +162,18 @@ class LayerBlock:
         :return: ``()`` D^T F D
         """
         return kfac.quadratic_form(step, state["input_factor"], state["output_factor"])
+
+
+def _eigenbases(a: th.Tensor, s: th.Tensor, shift: float) -> tuple[th.Tensor, ...] | None:
+    try:
+        return *kfac.eigenbasis(a, shift), *kfac.eigenbasis(s, shift)
+    except th.linalg.LinAlgError:
+        return None
+
+
+def _inverses(a: th.Tensor, s: th.Tensor, damping: float) -> tuple[th.Tensor, ...] | None:
+    *inverses, good = kfac.cholesky_inverses(a, s, damping)
+    return tuple(inverses) if good else None
 
 
 class LogStdBlock:
@@ -152,42 +186,47 @@ class LogStdBlock:
     def __init__(self, log_std: nn.Parameter) -> None:
         self.parameters = [log_std]
 
-    def gradient(self) -> th.Tensor | None:
-        """``(A,)`` derivatives of the loss; None if it does not depend on the parameter."""
+    def zeros(self) -> th.Tensor:
+        """``(A,)``"""
+        return th.zeros_like(self.parameters[0]).detach()
+
+    def gradient(self) -> th.Tensor:
+        """``(A,)`` derivatives of the loss, which there are."""
+        assert self.parameters[0].grad is not None
         return self.parameters[0].grad
 
-    def move(self, step: th.Tensor) -> None:
-        """
-        :param step: ``(A,)`` what is added
-        """
-        self.parameters[0].add_(step)
+    def parts(self, step: th.Tensor) -> list[th.Tensor]:
+        """See `LayerBlock.parts`."""
+        return [step]
 
     def invert(self, state: State, inversion: str, damping: float) -> None:
         """See `LayerBlock.invert`."""
-        state["damping"] = self.parameters[0].new_tensor(damping)
+        put(state, damping=self.parameters[0].new_tensor(damping))
 
     def direction(self, state: State, gradient: th.Tensor, inversion: str) -> th.Tensor:
         """See `LayerBlock.direction`."""
-        return gradient / (kfac.LOG_STD_FISHER + state["damping"])
+        return gradient / (LOG_STD_FISHER + state["damping"])
 
     def quadratic(self, state: State, step: th.Tensor) -> th.Tensor:
         """See `LayerBlock.quadratic`."""
-        return kfac.LOG_STD_FISHER * step.square().sum()
+        return LOG_STD_FISHER * step.square().sum()
 
 
 Block = LayerBlock | LogStdBlock
 
 
-def blocks_of(modules: Mapping[str, nn.Module]) -> list[LayerBlock]:
+def blocks_of(modules: Mapping[str, nn.Module], log_std: nn.Parameter | None = None) -> list[Block]:
     """
     :param modules: networks by the names that messages give them
-    :return: a block for each layer with trained parameters, in their order; a layer that several share has one
-    :raises UnsupportedError: if a module has trained parameters and there are no factors for it
+    :param log_std: ``(A,)`` log standard deviation of a Gaussian policy
+    :return: a block for each layer with trained parameters, in their order, and for ``log_std``; a layer that several
+        networks share has one
+    :raises UnsupportedError: if a module has other trained parameters and there are no factors for it
     """
     found: dict[nn.Module, str] = {}
     for name, network in modules.items():
         for path, module in network.named_modules(prefix=name):
-            if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            if any(p.requires_grad and p is not log_std for p in module.parameters(recurse=False)):
                 found.setdefault(module, path)
     reasons = {module: LayerBlock.obstacle(module) for module in found}
     refused = [f"{found[m]}, {type(m).__name__} ({reason})" for m, reason in reasons.items() if reason is not None]
@@ -195,4 +234,5 @@ def blocks_of(modules: Mapping[str, nn.Module]) -> list[LayerBlock]:
         raise UnsupportedError(
             f"K-FAC has factors for linear layers and 2D convolutions of one group with zero padding, got {'; '.join(refused)}"
         )
-    return [LayerBlock(module) for module in found if isinstance(module, (nn.Linear, nn.Conv2d))]
+    layers = [LayerBlock(module) for module in found if isinstance(module, (nn.Linear, nn.Conv2d))]
+    return [*layers, *([] if log_std is None else [LogStdBlock(log_std)])]

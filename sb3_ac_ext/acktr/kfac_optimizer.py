@@ -1,27 +1,27 @@
 """Natural gradient steps with Kronecker-factored curvature, as a PyTorch optimizer (Wu et al. 2017, arXiv:1708.05144)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch as th
 from torch import nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from sb3_ac_ext.acktr.blocks import Block, LayerBlock, LogStdBlock, State, blocks_of
+from sb3_ac_ext.acktr.blocks import INVERSES, Block, LayerBlock, LayerCalls, State, blocks_of
 from sb3_ac_ext.functional import kfac
+from sb3_ac_ext.functional.natural_gradient import flatten, unflatten
 from sb3_ac_ext.validation import check_choice, check_number
 
-INVERSIONS = ("eigen", "cholesky")
+OPTIONS = ("max_kl", "damping", "stats_decay", "inverse_update_interval", "inversion", "momentum", "cold_iterations")
+"""The arguments of `KFAC` that are in its parameter group."""
 
 
 class KFAC(th.optim.Optimizer):
     """
     Descends along the natural gradient, with a Kronecker-factored block of the Fisher matrix for each layer.
 
-        with optimizer.recording():                      # the only time that hooks are on
+        with LayerCalls() as calls:
             outputs = networks(inputs)
-        optimizer.update_factors(log_likelihood)         # of outputs drawn from the model, one for each sample
+        optimizer.update_factors(log_likelihood, calls)  # of outputs drawn from the model, one for each sample
         loss.backward()
         optimizer.step()
 
@@ -31,7 +31,8 @@ class KFAC(th.optim.Optimizer):
     the gradient itself and there is no momentum, while the factors collect data.
 
     Factors, inverses and momentum are in the state of the layers' parameters and the number of steps in the parameter group,
-    so that a loaded optimizer goes on exactly. The options are attributes; a loaded state does not bring its own.
+    so that a loaded optimizer goes on exactly. The options are in the parameter group too, and act when they are changed
+    there; ``damping`` and ``inversion`` in the inverses that are made next.
 
     :param modules: networks by name, whose trained parameters have to be in linear layers or 2D convolutions
     :param lr: eta_max, >= 0
@@ -63,71 +64,74 @@ class KFAC(th.optim.Optimizer):
         momentum: float = 0.9,
         cold_iterations: int = 10,
     ) -> None:
+        values = (max_kl, damping, stats_decay, inverse_update_interval, inversion, momentum, cold_iterations)
+        options = dict(zip(OPTIONS, values, strict=True))
         check_number("lr", lr, low=0)
-        self.max_kl = max_kl
-        self.damping = damping
-        self.stats_decay = stats_decay
-        self.inverse_update_interval = inverse_update_interval
-        self.inversion = inversion
-        self.momentum = momentum
-        self.cold_iterations = cold_iterations
-        check_options(vars(self))
-        layers = blocks_of(modules)
-        self.blocks: list[Block] = [*layers, *([] if log_std is None else [LogStdBlock(log_std)])]
+        check_options(options)
+        self.blocks = blocks_of(modules, log_std)
         self.measures: dict[str, th.Tensor] = {}
-        """Of the last step, ``()`` each: ``step_size`` eta; ``predicted_kl`` in nats, of what it changed; ``damping``, the
-        largest of a block; ``trace_ratio``, the mean of the layers' pi."""
-        self._recorded: dict[LayerBlock, tuple[th.Tensor, GradientEdge]] = {}
-        super().__init__([p for block in self.blocks for p in block.parameters], {"lr": lr, "iterations": 0})
+        """Of the last `step`, see `apply`."""
+        super().__init__([p for block in self.blocks for p in block.parameters], {"lr": lr, "iterations": 0, **options})
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: PyTorch's own leaves out what a subclass adds. Nothing of a forward pass goes along."""
-        options = {name: getattr(self, name) for name in (*OPTIONS, "blocks")}
-        return {**super().__getstate__(), **options, "measures": {}, "_recorded": {}}
+        """For copies and pickles; PyTorch's own leaves out what a subclass adds."""
+        return {**super().__getstate__(), "blocks": self.blocks, "measures": {}}
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """A forward pass within this context leaves the layers' inputs and outputs for `update_factors`."""
-        self._recorded = {}
-        blocks = [block for block in self.blocks if isinstance(block, LayerBlock)]
-        handles = [block.layer.register_forward_hook(self._recorder(block)) for block in blocks]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of an earlier version, without options
+            for name in OPTIONS:
+                group.setdefault(name, self.defaults[name])
 
-    def _recorder(self, block: LayerBlock) -> Callable[[nn.Module, tuple[th.Tensor, ...], th.Tensor], None]:
-        def record(layer: nn.Module, inputs: tuple[th.Tensor, ...], output: th.Tensor) -> None:
-            if not output.requires_grad:
-                return
-            if block in self._recorded:
-                raise RuntimeError(f"K-FAC has no factors for a layer that runs twice in a forward pass: {layer}")
-            self._recorded[block] = inputs[0].detach(), get_gradient_edge(output)  # holds if what follows works in place
-
-        return record
-
-    def update_factors(self, log_likelihood: th.Tensor) -> None:
+    def update_factors(self, log_likelihood: th.Tensor, calls: LayerCalls) -> None:
         """
-        Put the recorded forward pass into the factors' averages; it leaves no gradients.
+        Put a forward pass into the factors' averages; it leaves no gradients.
+
+        :param log_likelihood: see `factors`
+        :param calls: see `factors`
+        :raises RuntimeError: as `factors`
+        """
+        self.average(self.factors(log_likelihood, calls))
+
+    def factors(self, log_likelihood: th.Tensor, calls: LayerCalls) -> State:
+        """
+        The factors of one batch.
 
         The derivatives are those of each sample's own log-likelihood, so their size does not depend on the batch's.
 
         :param log_likelihood: ``(N,)`` log-density of an output drawn from the model, for each sample
-        :raises RuntimeError: if no layer was recorded
+        :param calls: of the forward pass
+        :return: by name and the block's number in `blocks`: "input_factor 0"
+        :raises RuntimeError: if a layer was called twice, or no layer with gradients enabled
         """
-        recorded, self._recorded = self._recorded, {}
-        if not recorded:
-            raise RuntimeError("K-FAC has recorded no layer: run the forward pass within recording(), with gradients enabled")
-        edges = [edge for _, edge in recorded.values()]
+        layers = {i: block for i, block in enumerate(self.blocks) if isinstance(block, LayerBlock)}
+        called = {i: calls.of[layer.parameters[0]] for i, layer in layers.items() if layer.parameters[0] in calls.of}
+        for i, of_layer in called.items():
+            if len(of_layer) > 1:
+                raise RuntimeError(f"K-FAC has no factors for a layer that runs twice in a forward pass: {layers[i].layer}")
+        if not called:
+            if not any(parameter.requires_grad for layer in layers.values() for parameter in layer.parameters):
+                return {}
+            raise RuntimeError("K-FAC has seen no layer: run the forward pass within LayerCalls(), with gradients enabled")
+        edges = [edge for ((_, edge),) in called.values()]
         gradients = th.autograd.grad(log_likelihood.sum(), edges, retain_graph=True, allow_unused=True)
+        found: State = {}
         with th.no_grad():
-            for (block, (inputs, _)), gradient in zip(recorded.items(), gradients, strict=True):
+            for (i, ((inputs, _),)), gradient in zip(called.items(), gradients, strict=True):
                 if gradient is not None:
-                    a, g = block.by_position(inputs, gradient)
-                    state = self._state(block)
-                    for name, value in (("input_factor", kfac.input_factor(a)), ("output_factor", kfac.output_factor(g))):
-                        state[name] = kfac.moving_average(state.get(name), value, self.stats_decay)
+                    found |= {f"{name} {i}": value for name, value in layers[i].factors(inputs, gradient).items()}
+        return found
+
+    @th.no_grad()
+    def average(self, factors: Mapping[str, th.Tensor]) -> None:
+        """
+        :param factors: of a batch, see `factors`, which are put into the averages
+        """
+        decay = self.param_groups[0]["stats_decay"]
+        for key, value in factors.items():
+            name, number = key.split()
+            state = self._state(self.blocks[int(number)])
+            state[name] = kfac.moving_average(state.get(name), value, decay)
 
     def _state(self, block: Block) -> State:
         return self.state[block.parameters[0]]
@@ -143,62 +147,106 @@ class KFAC(th.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError(f"closure must be None, got {closure!r}")
-        group = self.param_groups[0]
-        gradients = {block: gradient for block in self.blocks if (gradient := block.gradient()) is not None}
-        self._check_factors(gradients)
-        cold = group["iterations"] < self.cold_iterations
-        directions = gradients if cold else self._directions(gradients, group["iterations"] - self.cold_iterations)
-        group["iterations"] += 1
+        self.measures = self.apply(self.param_groups[0]["lr"], cold=self.begin_step())
 
-        square = th.stack([direction.square().sum() for direction in directions.values()]).sum()
-        eta = kfac.step_size(self._quadratic(directions) + self.damping * square, group["lr"], self.max_kl)
-        steps = {block: -eta * direction for block, direction in directions.items()}
+    @th.no_grad()
+    def begin_step(self) -> bool:
+        """
+        What a step does besides operations on tensors: it is counted, and inverses are made where it is time to.
+
+        :return: whether it is one of the cold ones
+        """
+        group = self.param_groups[0]
+        iteration = group["iterations"] - group["cold_iterations"]
+        group["iterations"] += 1
+        if iteration < 0:
+            return True
+        inversion = group["inversion"]
+        others = {name for kind, names in INVERSES.items() if kind != inversion for name in names}
+        for block in self.blocks:
+            if self._lacks_factors(block):
+                continue
+            state = self._state(block)
+            old = others.intersection(state)
+            if iteration % group["inverse_update_interval"] == 0 or "damping" not in state or old:
+                for name in old:
+                    del state[name]
+                block.invert(state, inversion, group["damping"])
+            if "momentum" not in state:
+                state["momentum"] = block.zeros()
+        return False
+
+    @th.no_grad()
+    def apply(self, lr: th.Tensor | float, cold: bool) -> dict[str, th.Tensor]:
+        """
+        The step itself, which is operations on tensors alone.
+
+        :param lr: ``()`` eta_max
+        :param cold: what `begin_step` returned
+        :return: ``()`` each: ``grad_norm``, the gradient's 2-norm; ``step_size`` eta; ``predicted_kl`` in nats, of what it
+            changed; ``damping``, the largest of a block; ``trace_ratio``, the mean of the layers' pi. Nothing if there are no
+            gradients
+        :raises RuntimeError: if a layer has a gradient and no factors
+        """
+        group = self.param_groups[0]
+        blocks = [block for block in self.blocks if any(parameter.grad is not None for parameter in block.parameters)]
+        if not blocks:
+            return {}
+        self._check_factors(blocks)
+        gradients = [block.gradient() for block in blocks]
+        states = [self._state(block) for block in blocks]
+        directions = gradients
         if not cold:
-            steps = {block: self._averaged(block, step) for block, step in steps.items()}
-        for block, step in steps.items():
-            block.move(step)
-        self._measure(eta, steps)
+            triples = zip(blocks, states, gradients, strict=True)
+            directions = [block.direction(state, gradient, group["inversion"]) for block, state, gradient in triples]
+        direction = flatten(directions)
+        damped = self._quadratic(blocks, directions) + group["damping"] * direction.dot(direction)
+        eta = kfac.step_size(damped, lr, group["max_kl"])
+        step = -eta * direction
+        if not cold:
+            averages = [state["momentum"] for state in states]
+            th._foreach_mul_(averages, group["momentum"])
+            th._foreach_add_(averages, unflatten(step, averages))
+            step = (1 - group["momentum"]) * flatten(averages)
+        steps = unflatten(step, directions)
+        self._move(blocks, steps)
+        gradient = flatten(gradients)
+        measures = {
+            "grad_norm": gradient.dot(gradient).sqrt(),
+            "step_size": eta,
+            "predicted_kl": 0.5 * self._quadratic(blocks, steps),
+        }
+        for name, reduce in (("damping", th.max), ("trace_ratio", th.mean)):
+            values = [state[name] for state in states if name in state]
+            if values:
+                measures[name] = reduce(th.stack(values))
+        return measures
+
+    def _lacks_factors(self, block: Block) -> bool:
+        return isinstance(block, LayerBlock) and "output_factor" not in self.state.get(block.parameters[0], {})
 
     def _check_factors(self, blocks: Iterable[Block]) -> None:
         for block in blocks:
-            if isinstance(block, LayerBlock) and "output_factor" not in self._state(block):
+            if isinstance(block, LayerBlock) and self._lacks_factors(block):
                 raise RuntimeError(
                     f"K-FAC has no factors for {block.layer}, which has a gradient: call update_factors() first"
                 )
 
-    def _directions(self, gradients: dict[Block, th.Tensor], iteration: int) -> dict[Block, th.Tensor]:
-        """The natural gradient, with inverses that are made anew when it is time to."""
-        directions = {}
-        for block, gradient in gradients.items():
-            state = self._state(block)
-            if iteration % self.inverse_update_interval == 0 or "damping" not in state:
-                block.invert(state, self.inversion, self.damping)
-            directions[block] = block.direction(state, gradient, self.inversion)
-        return directions
-
-    def _averaged(self, block: Block, step: th.Tensor) -> th.Tensor:
-        """Momentum."""
-        state = self._state(block)
-        if "momentum" not in state:
-            state["momentum"] = th.zeros_like(step)
-        average: th.Tensor = state["momentum"].mul_(self.momentum).add_(step)
-        return average * (1 - self.momentum)
-
-    def _quadratic(self, steps: Mapping[Block, th.Tensor]) -> th.Tensor:
+    def _quadratic(self, blocks: Sequence[Block], steps: Sequence[th.Tensor]) -> th.Tensor:
         """``()`` D^T F D."""
-        return th.stack([block.quadratic(self._state(block), step) for block, step in steps.items()]).sum()
+        pairs = zip(blocks, steps, strict=True)
+        return th.stack([block.quadratic(self._state(block), step) for block, step in pairs]).sum()
 
-    def _measure(self, eta: th.Tensor, steps: Mapping[Block, th.Tensor]) -> None:
-        self.measures = {"step_size": eta, "predicted_kl": 0.5 * self._quadratic(steps)}
-        states = [self._state(block) for block in steps]
-        for name, reduce in (("damping", th.max), ("trace_ratio", th.mean)):
-            values = [state[name] for state in states if name in state]
-            if values:
-                self.measures[name] = reduce(th.stack(values))
-
-
-OPTIONS = ("max_kl", "damping", "stats_decay", "inverse_update_interval", "inversion", "momentum", "cold_iterations")
-"""The arguments of `KFAC` that are attributes."""
+    @staticmethod
+    def _move(blocks: Sequence[Block], steps: Sequence[th.Tensor]) -> None:
+        """Add steps to the parameters that have a gradient."""
+        pairs = [
+            (parameter, part)
+            for block, step in zip(blocks, steps, strict=True)
+            for parameter, part in zip(block.parameters, block.parts(step), strict=True)
+            if parameter.grad is not None
+        ]
+        th._foreach_add_(*map(list, zip(*pairs, strict=True)))
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -213,4 +261,4 @@ def check_options(options: Mapping[str, Any]) -> None:
         check_number(name, options[name], low=0, high=0.999999)
     check_number("inverse_update_interval", options["inverse_update_interval"], low=1, integer=True)
     check_number("cold_iterations", options["cold_iterations"], low=0, integer=True)
-    check_choice("inversion", options["inversion"], INVERSIONS)
+    check_choice("inversion", options["inversion"], tuple(INVERSES))

@@ -16,9 +16,6 @@ from collections.abc import Sequence
 import torch as th
 from torch.nn import functional as F
 
-LOG_STD_FISHER = 2.0
-"""Fisher information of the log std of a Gaussian, for each dimension by itself, whatever its mean and std."""
-
 
 def patches(
     images: th.Tensor,
@@ -144,7 +141,7 @@ def precondition_eigen(
     gradient: th.Tensor,
     a_basis: tuple[th.Tensor, th.Tensor],
     s_basis: tuple[th.Tensor, th.Tensor],
-    damping: float,
+    damping: th.Tensor | float,
 ) -> th.Tensor:
     """
     D = (F + lambda I)^-1 G exactly: U_S [(U_S^T G U_A) / (s_i a_j + lambda)] U_A^T.
@@ -152,7 +149,7 @@ def precondition_eigen(
     :param gradient: ``(O, I)`` G
     :param a_basis: eigenvalues and eigenvectors of A
     :param s_basis: eigenvalues and eigenvectors of S
-    :param damping: lambda, > 0 where F is singular
+    :param damping: lambda, ``()`` or a number, > 0 where F is singular
     :return: ``(O, I)`` D
     """
     (a, u_a), (s, u_s) = a_basis, s_basis
@@ -168,21 +165,23 @@ def quadratic_form(step: th.Tensor, a: th.Tensor, s: th.Tensor) -> th.Tensor:
     :param s: ``(O, O)`` output factor
     :return: ``()``
     """
-    return ((s @ step) * (step @ a)).sum()
+    return th.dot((s @ step).flatten(), (step @ a).flatten())
 
 
-def step_size(quadratic: th.Tensor, max_step: float, max_kl: float) -> th.Tensor:
+def step_size(quadratic: th.Tensor, max_step: th.Tensor | float, max_kl: float) -> th.Tensor:
     """
-    eta = min(eta_max, sqrt(2 delta / D^T F D)), so that the predicted divergence eta^2 / 2 D^T F D is at most delta.
+    eta = min(eta_max, sqrt(2 delta / D^T (F + lambda I) D)), so that the predicted divergence eta^2 / 2 D^T F D is at most
+    delta, and less by the damping's share.
 
     The 2 belongs to this definition of delta; programs that bound eta^2 D^T F D state 2 delta.
 
-    :param quadratic: ``()`` D^T F D
-    :param max_step: eta_max, >= 0
+    :param quadratic: ``()`` D^T (F + lambda I) D
+    :param max_step: eta_max, ``()`` or a number, >= 0
     :param max_kl: delta in nats, > 0
     :return: ``()`` eta
     """
-    return (2 * max_kl / quadratic.clamp(min=0)).sqrt().clamp(max=max_step)
+    bound = (2 * max_kl / quadratic.clamp(min=0)).sqrt()
+    return th.clamp(bound, max=max_step)
 
 
 def adapted_step_scale(scale: float, kl: float, target: float) -> float:
