@@ -161,8 +161,10 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         held = {name: noise.get(name) for name in ("exploration_mat", "exploration_matrices")}
         self.policy.reset_noise(self.n_envs)
         for name, memory in held.items():
-            if memory is not None and memory.shape == noise[name].shape:
-                noise[name] = memory.detach().copy_(noise[name].detach())
+            new = noise[name].detach()
+            if memory is not None and memory.shape == new.shape and not memory.requires_grad:
+                new = memory.copy_(new)
+            noise[name] = new
 
     def _forward(self, obs: Any) -> tuple[np.ndarray, th.Tensor, th.Tensor]:
         """

@@ -203,10 +203,16 @@ class Guard:
     :param reads: the attributes that it has read, by their names
     :param networks: those that it has changed, by their names
     :param used: the memory that it has used; None for all
+    :param read: tensors of objects that modules compute with which it has read: where, under which name, and the tensor
     """
 
     def __init__(
-        self, owner: Any, reads: Mapping[str, Any], networks: Mapping[str, Network], used: Collection[Key] | None = None
+        self,
+        owner: Any,
+        reads: Mapping[str, Any],
+        networks: Mapping[str, Network],
+        used: Collection[Key] | None = None,
+        read: Sequence[Content] = (),
     ) -> None:
         self.owner, self._kind, self._networks = owner, _kind_of(owner), dict(networks)
         self._used = used
@@ -215,7 +221,7 @@ class Guard:
         self._values = [(name, value, _snapshot(value)) for name, value in reads.items() if not _is_method_of(owner, value)]
         roots = [*reads.values(), *(m for network in networks.values() for m in (network.module, network.target))]
         roots = [root for root in roots if isinstance(root, nn.Module)]
-        self._contents: list[Content] = []
+        self._contents: list[Content] = [*read]
         self._look_at_modules(modules_in(roots) if used is None else _used_modules(roots, used))
         self._look_at_objects([found for _, value, _ in self._values for found in objects_in(value)])
         self._look_at_networks()
@@ -232,11 +238,12 @@ class Guard:
         self._replaced = [name for one in owners for name in _replaced_methods(one)]
 
     def _look_at_modules(self, modules: list[nn.Module]) -> None:
-        self._modules, self._types = modules, [*map(type, modules)]
-        kinds: list[Any] = list(dict.fromkeys(self._types))
+        self._modules = modules
+        self._helpers = [helper for module in modules for helper in helpers_of(module)]
+        self._types = [*map(type, modules), *map(type, self._helpers)]
+        kinds: list[Any] = list(dict.fromkeys(map(type, modules)))
         self._forwards = [(kind, kind.forward) for kind in kinds]
         self._hooks = [getattr(module, name) for module in modules for name in MODULE_HOOKS]
-        self._helpers = [helper for module in modules for helper in helpers_of(module)]
         self._attributes = [len(vars(helper)) for helper in self._helpers]
         tensors_of_modules = [module._parameters for module in modules] + [module._buffers for module in modules]
         self._named_tensors = [place for place in tensors_of_modules if place]  # compared by identity
@@ -317,7 +324,7 @@ class Guard:
             return f"something that cannot be compared ({error})"
 
     def _change(self, networks: Mapping[str, Network]) -> str | None:
-        if _kind_of(self.owner) is not self._kind or [*map(type, self._modules)] != self._types:
+        if _kind_of(self.owner) is not self._kind or [*map(type, self._modules), *map(type, self._helpers)] != self._types:
             return "a class"
         if any(self._hooks) or any(GLOBAL_HOOKS):
             return "a hook"

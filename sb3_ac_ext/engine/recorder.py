@@ -248,15 +248,19 @@ class Recorder(Closed):
         finally:
             if networks:
                 self._tape = None
-        attributes = []
+        used = {memory(tensor) for operation in tape.operations for tensor in tensors(operation[1:])}
+        made, read = [], []
         for helper, held in helpers:
             for name, value in vars(helper).items():
-                if isinstance(value, th.Tensor) and value is not held.get(name) and tape.has_made(value):
-                    attributes.append((vars(helper), name, value.detach()))
+                if not isinstance(value, th.Tensor):
+                    continue
+                if value is not held.get(name):
+                    made += [(vars(helper), name, value.detach())] if tape.has_made(value) else []
+                elif isinstance(replay, Graph) or memory(value) in used:
+                    read.append((vars(helper), name, value))
         gradients = [(p, p.grad) for network in self._used.values() for p in network.parameters]
-        used = {memory(tensor) for operation in tape.operations for tensor in tensors(operation[1:])}
-        guard = Guard(self._owner, reads, self._used, None if isinstance(replay, Graph) else used)
-        return Recording(replay, inputs, outputs, gradients, self._given, attributes), guard
+        guard = Guard(self._owner, reads, self._used, None if isinstance(replay, Graph) else used, read)
+        return Recording(replay, inputs, outputs, gradients, self._given, made), guard
 
     def _verify(
         self,
