@@ -63,8 +63,6 @@ def locate_non_finite(algorithm: OnPolicyAlgorithm, buffer: RolloutBuffer) -> It
     """
     try:
         yield
-    except NonFiniteError:
-        raise
     except Exception as error:  # whatever it is that the policy's NaN led to
         all_envs = np.arange(algorithm.n_envs)
         check_finite("reward", buffer.rewards, all_envs, env_axis=1, cause=error)

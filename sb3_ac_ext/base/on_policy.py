@@ -1,7 +1,7 @@
 """What the on-policy algorithms share besides the updates: rollouts, their samples, argument checks."""
 
 import copy
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -23,7 +23,7 @@ from sb3_ac_ext.base.training import TrainingMixin
 from sb3_ac_ext.base.typing import constructor_keys
 from sb3_ac_ext.buffers.rollouts import Samples, fill_estimates, flattened
 from sb3_ac_ext.engine import Engine, Outputs
-from sb3_ac_ext.validation import check_keys, translated_assertions
+from sb3_ac_ext.validation import NonFiniteError, check_keys, translated_assertions
 
 AUTOMATIC_BUFFERS = (RolloutBuffer, DictRolloutBuffer)
 """What SB3 chooses when no class is given, and stores in its zips as if it had been."""
@@ -284,6 +284,18 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         self._record_explained_variance()
         if isinstance(log_std := getattr(self.policy, "log_std", None), th.Tensor):
             self.logger.record("train/std", log_std.detach().exp().mean().item())
+
+    def _check_finite(self, means: Mapping[str, float]) -> None:
+        super()._check_finite(means)
+        log_std, distribution = getattr(self.policy, "log_std", None), getattr(self.policy, "action_dist", None)
+        if isinstance(log_std, th.Tensor):
+            std = getattr(distribution, "get_std", th.exp)(log_std.detach())  # gSDE has its own
+            for value in (std.max().item(), std.min().item()):
+                if not value < np.inf or (value == 0 and not self.use_sde):
+                    raise NonFiniteError(
+                        f"{type(self).__name__}: the standard deviation of actions became {value} by update "
+                        f"{self._n_updates}; lower the learning rate or ent_coef, or set max_grad_norm"
+                    )
 
     def _record_explained_variance(self) -> None:
         buffer, kept = self.rollout_buffer, self._kept
