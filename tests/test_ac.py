@@ -3,6 +3,7 @@
 import copy
 import json
 import zipfile
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -12,11 +13,13 @@ import torch as th
 from batches import flat
 from environments import BOX, CONTINUOUS, DICT, IMAGE, RandomEnv, ScriptedEnv
 from gymnasium import spaces
+from models import small_model
 from stable_baselines3 import A2C
 from stable_baselines3.common.buffers import RolloutBuffer, RolloutBufferSamples
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 from torch import nn
@@ -24,6 +27,7 @@ from torch import nn
 from sb3_ac_ext import AC
 from sb3_ac_ext.ac.policies import DeterministicMlpPolicy, QMlpPolicy
 from sb3_ac_ext.ac.step import Step
+from sb3_ac_ext.networks.actor_critic import policy_parameters, value_parameters
 from sb3_ac_ext.validation import NonFiniteError
 
 SMALL: dict[str, Any] = {"net_arch": [8, 8]}
@@ -88,9 +92,7 @@ def walks(action_space: spaces.Space, n_envs: int = 2, truncates: bool = True) -
 
 
 def make(env: Any = None, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
-    model = AC(policy, env or RandomEnv(BOX, CONTINUOUS), **{"policy_kwargs": SMALL, "seed": 0, **kwargs})
-    model.set_logger(Logger(None, []))
-    return model
+    return small_model("ac", env=env, policy=policy, **kwargs)
 
 
 # Equal to SB3
@@ -209,32 +211,33 @@ def test_temporal_difference(ends: tuple[bool, bool], delta: float, engine: bool
     assert model.logger.name_to_value["train/actor_loss"] == pytest.approx(delta * np.log(2), rel=1e-5)
 
 
-def step_for(model: Any, rows: int = 2, weight: float = 1.0, seed: int = 3) -> Step:
-    """A step of random numbers for `_update`, as the model takes it now."""
-    numbers, space = np.random.default_rng(seed), model.action_space
-    actions = numbers.uniform(-1, 1, (rows, int(np.prod(space.shape))))
-    if isinstance(space, spaces.Discrete):
-        actions = numbers.integers(space.n, size=(rows, 1))
-    columns = numbers.normal(size=(rows, *model.observation_space.shape)), actions, numbers.normal(size=rows)
-    model._begin_updates()
-    return Step(*map(model._learner.array, (*columns, np.full(rows, weight))))
+def step_for(model: Any, rows: int = 2, weight: float = 1.0) -> Step:
+    """A step of random numbers, the last environment's being its episode's last."""
+    numbers = np.random.default_rng(3)
+    obs, next_obs = (numbers.normal(size=(rows, *model.observation_space.shape)) for _ in range(2))
+    actions = numbers.uniform(-1, 1, (rows, int(np.prod(model.action_space.shape))))
+    continues = np.arange(rows)[::-1] > 0
+    return Step(obs, actions, numbers.normal(size=rows), next_obs, continues, ~continues, np.full(rows, weight), next_obs)
 
 
-def doubled(model: Any) -> Any:
-    model.policy.double()
-    return model
+def update(model: Any, step: Step, times: int = 1) -> None:
+    for _ in range(times):
+        model._engine.begin()
+        th.manual_seed(0)
+        model._engine.run(model._update, step, False)
 
 
 def groups(policy: Any) -> dict[str, th.Tensor]:
     """The parameters of actor and critic."""
-    parameters = {"actor": policy.policy_parameters(), "critic": policy.value_parameters()}
+    parameters = {"actor": policy_parameters(policy), "critic": value_parameters(policy)}
     return {name: th.cat([p.detach().flatten() for p in own]).clone() for name, own in parameters.items()}
 
 
-def moved(model: Any, **kwargs: Any) -> dict[str, th.Tensor]:
+def moved(model: Any, step: Step | None = None, **kwargs: Any) -> dict[str, th.Tensor]:
     """What an update changes."""
-    before = groups(doubled(model).policy)
-    model._update(step_for(model, **kwargs))
+    model.policy.double()
+    before = groups(model.policy)
+    update(model, step or step_for(model, **kwargs))
     return {name: after - before[name] for name, after in groups(model.policy).items()}
 
 
@@ -259,8 +262,8 @@ def test_weight_is_the_actors_alone(kwargs: dict[str, Any], engine: bool) -> Non
 def seen(model: Any, steps: int, rounds: int = 1) -> list[Step]:
     """What `_update` is given."""
     taken: list[Step] = []
-    original = model._update
-    model._update = lambda step: taken.append(step) or original(step)
+    original = model._as_step
+    model._as_step = lambda *args: taken.append(original(*args)) or taken[-1]
     for i in range(rounds):
         model.learn(steps, reset_num_timesteps=i == 0)
     return taken
@@ -279,18 +282,12 @@ def test_weights_start_anew_with_each_episode(weighted: bool) -> None:
 @pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS)
 def test_mean_over_environments(kwargs: dict[str, Any]) -> None:
-    policy_kwargs = {**SMALL, **SGD}
-    both = doubled(make(make_vec_env(lambda: RandomEnv(BOX, CONTINUOUS), 2), policy_kwargs=policy_kwargs, **kwargs))
-    step, before = step_for(both), groups(both.policy)
-    both._update(step)
-    expected = {name: th.zeros_like(value) for name, value in before.items()}
-    for i in range(2):
-        alone = doubled(make(policy_kwargs=policy_kwargs, **kwargs))
-        alone._begin_updates()
-        alone._update(step.of(i))
-        expected = {name: total + (groups(alone.policy)[name] - before[name]) / 2 for name, total in expected.items()}
-    for name, after in groups(both.policy).items():
-        th.testing.assert_close(after - before[name], expected[name], rtol=0, atol=1e-12)
+    kwargs = {"policy_kwargs": {**SMALL, **SGD}, **kwargs}
+    both = make(make_vec_env(lambda: RandomEnv(BOX, CONTINUOUS), 2), **kwargs)
+    step = step_for(both)._replace(continues=np.zeros(2))  # so that a' does not matter
+    alone = [moved(make(**kwargs), Step(*(column[i : i + 1] for column in step))) for i in range(2)]
+    for name, change in moved(both, step).items():
+        th.testing.assert_close(change, (alone[0][name] + alone[1][name]) / 2, rtol=0, atol=1e-12)
 
 
 @pytest.mark.usefixtures("double_precision")
@@ -338,15 +335,15 @@ def replayed(model: Any, policy: Any, t: int, actions: np.ndarray, next_actions:
     with th.no_grad():
         target = rewards + model.gamma * (1 - ended) * policy.action_values(new_obs, th.as_tensor(next_actions)).flatten()
     q = policy.action_values(obs, chosen).flatten()
-    critic = th.autograd.grad(0.5 * ((q - target) ** 2).mean(), policy.value_parameters())
+    critic = th.autograd.grad(0.5 * ((q - target) ** 2).mean(), value_parameters(policy))
     if model.deterministic_policy:
         loss = -policy.action_values(obs, policy.action(obs)).mean()
     else:
         loss = -(policy.get_distribution(obs).log_prob(chosen) * q.detach()).mean()
-    actor = th.autograd.grad(loss, policy.policy_parameters())
+    actor = th.autograd.grad(loss, policy_parameters(policy))
     with th.no_grad():
         for parameter, gradient in zip(
-            [*policy.value_parameters(), *policy.policy_parameters()], [*critic, *actor], strict=True
+            [*value_parameters(policy), *policy_parameters(policy)], [*critic, *actor], strict=True
         ):
             parameter -= model.learning_rate * gradient
     return policy
@@ -393,13 +390,15 @@ def test_sarsa_of_a_truncated_episode_is_at_its_last_state(actions: spaces.Space
     kwargs = {"deterministic_policy": True} if isinstance(actions, spaces.Box) else {}
     env = Cut(BOX, actions)
     model = make(env, critic="q", gamma=0.9, engine=engine, **kwargs)
-    policy = copy.deepcopy(model.policy)
-    (step,) = seen(model, 1)
+    policy, first = copy.deepcopy(model.policy), th.as_tensor(model.env.reset())
+    model._last_obs, model._last_episode_starts = first.numpy(), np.ones(1, dtype=bool)
+    model.learn(1, reset_num_timesteps=False, log_interval=None)
     with th.no_grad():
-        last = th.as_tensor(env.last)[None]
+        last, taken = th.as_tensor(env.last)[None], th.as_tensor(model.rollout_buffer.actions[0])
         action = policy.action(last) if kwargs else th.zeros(1, dtype=th.long)
-        expected = 1 + 0.9 * policy.action_values(last, action).flatten()
-    th.testing.assert_close(th.as_tensor(step.targets), expected)
+        target = 1 + 0.9 * policy.action_values(last, action)
+        error = target - policy.action_values(first, taken if kwargs else taken.long().flatten())
+    assert model.logger.name_to_value["train/critic_loss"] == pytest.approx(0.5 * error.item() ** 2, rel=1e-5)
 
 
 def test_deterministic_gradient_by_hand() -> None:
@@ -409,9 +408,8 @@ def test_deterministic_gradient_by_hand() -> None:
     for module, weight in ((model.policy.action_net, [[0.5]]), (model.policy.value_net, [[0.0, 3.0]])):
         module.weight.data[:] = th.tensor(weight)
         module.bias.data.zero_()
-    model._begin_updates()
-    state, done, target = (th.tensor(x) for x in ([[2.0]], [[-0.9]], [1.0]))
-    model._update(Step(state, done, target, th.ones(1)))
+    state, done, one, zero = (np.array(x, np.float32) for x in ([[2.0]], [[-0.9]], [1.0], [0.0]))
+    update(model, Step(state, done, one, state, zero, one, one, state))
     slope = 1 - np.tanh(1.0) ** 2
     assert model.policy.action_net.weight.item() == pytest.approx(0.5 + 0.1 * 3 * 2 * slope, rel=1e-5)
     error = 1.0 - 3 * -0.9
@@ -445,14 +443,16 @@ def test_deterministic_policy_acts_as_it_says(std: float) -> None:
         np.testing.assert_allclose(difference, 0, atol=1e-5)
 
 
-def test_deterministic_policy_learns_what_pays() -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_deterministic_policy_learns_what_pays(seed: int) -> None:
     class Target(RandomEnv):
         def step(self, action: Any) -> Any:
             obs, *_ = super().step(action)
             return obs, -float((action[0] - 0.5) ** 2), True, False, {}
 
     env = make_vec_env(lambda: Target(BOX, spaces.Box(-1, 1, (1,), np.float32)), 8)
-    model = make(env, exploration_std=0.4, learning_rate=5e-3, **DETERMINISTIC).learn(8 * 600)
+    rates = {"actor_learning_rate": 1e-3, "critic_learning_rate": 1e-2}
+    model = make(env, exploration_std=0.4, policy_kwargs=SMALL, seed=seed, **rates, **DETERMINISTIC).learn(8 * 1500)
     actions = model.predict(np.stack([BOX.sample() for _ in range(50)]))[0]
     assert np.abs(actions - 0.5).mean() < 0.12
 
@@ -479,8 +479,8 @@ def test_q_policies_for_every_observation(policy: str, space: spaces.Space, kwar
     env = RandomEnv(space, CONTINUOUS)
     model = make(env, policy, **kwargs).learn(8)
     assert isinstance(model.policy, DeterministicMlpPolicy if "deterministic_policy" in kwargs else QMlpPolicy)
-    assert not set(map(id, model.policy.policy_parameters())) & set(map(id, model.policy.value_parameters()))
-    trained = sum(p.numel() for p in (*model.policy.policy_parameters(), *model.policy.value_parameters()))
+    assert not set(map(id, policy_parameters(model.policy))) & set(map(id, value_parameters(model.policy)))
+    trained = sum(p.numel() for p in (*policy_parameters(model.policy), *value_parameters(model.policy)))
     assert trained == sum(p.numel() for p in model.policy.parameters())
     model.save(tmp_path / "model")
     loaded = AC.load(tmp_path / "model", env=env)
@@ -505,7 +505,7 @@ class Reference:
     def step(self, policy: Any, t: int) -> dict[str, th.Tensor]:
         """Actor's and critic's parameters after step t, ``policy`` being the one before its update."""
         model, buffer = self.model, self.model.rollout_buffer
-        parameters = {"actor": policy.policy_parameters(), "critic": policy.value_parameters()}
+        parameters = {"actor": policy_parameters(policy), "critic": value_parameters(policy)}
         lambdas = {"actor": model.actor_trace_lambda, "critic": model.critic_trace_lambda}
         changes = {name: th.zeros_like(th.cat([p.flatten() for p in own])) for name, own in parameters.items()}
         for i, trace in enumerate(self.traces):
@@ -589,10 +589,17 @@ def test_traces_are_not_in_a_zip(tmp_path: Any) -> None:
     """They belong to episodes, and those start anew."""
     make(critic_trace_lambda=0.5).learn(3).save(tmp_path / "model")
     data = json.loads(zipfile.ZipFile(tmp_path / "model.zip").read("data"))
-    assert data.keys().isdisjoint({"_weights", "_decays", "_traces"})
+    assert data.keys().isdisjoint({"_weights", "_traces"})
 
 
 # Steps
+
+
+class OwnPolicy(ActorCriticPolicy):
+    """A user's, whose values are scaled."""
+
+    def predict_values(self, obs: Any) -> th.Tensor:
+        return 0.5 * super().predict_values(obs)
 
 
 class Counter(BaseCallback):
@@ -606,7 +613,7 @@ class Counter(BaseCallback):
         self.rollouts += 1
 
     def _on_step(self) -> bool:
-        names = {"new_obs", "rewards", "dones", "infos", "actions", "clipped_actions", "values", "log_probs", "obs_tensor"}
+        names = {"new_obs", "rewards", "dones", "infos", "actions", "clipped_actions", "values", "log_probs"}
         assert names <= set(self.locals)
         self.updates.append(self.model._n_updates)
         return self.n_calls != self.stop_at
@@ -637,19 +644,85 @@ def test_stops_where_a_callback_says_so() -> None:
     assert (model.num_timesteps, model._n_updates) == (12, 11)
 
 
-def test_follows_a_policy_that_is_changed_on_the_way() -> None:
-    class Move(BaseCallback):
+def test_the_buffer_counts_its_steps() -> None:
+    class Sizes(BaseCallback):
         def _on_step(self) -> bool:
-            if self.n_calls == 10:
-                net = self.model.policy.action_net
-                net.bias.data = th.tensor([50.0, 0.0])
+            sizes.append((self.model.rollout_buffer.pos, self.model.rollout_buffer.size()))
             return True
 
-    model = make(RandomEnv(BOX, spaces.Discrete(2)), learning_rate=1e-5)
-    model.learn(60, callback=Move())
-    assert not model.rollout_buffer.actions[10:60].any()
-    assert model.policy.action_net.bias[0].item() == pytest.approx(50, abs=0.1)
-    assert model._descents["actor"].flat.holds(model._descents["actor"].parameters)
+    sizes: list[tuple[int, int]] = []
+    make().learn(502, callback=Sizes())
+    assert sizes == [*((i, i) for i in range(500)), (0, 0), (1, 1)]
+
+
+def load_half(model: Any) -> None:
+    parameters = copy.deepcopy(model.get_parameters())
+    parameters["policy"] = {name: 0.5 * value for name, value in parameters["policy"].items()}
+    model.set_parameters(parameters)
+
+
+def move_the_bias(model: Any) -> None:
+    model.policy.action_net.bias.data = th.tensor([0.5, -0.5])
+
+
+def replace_a_layer(model: Any) -> None:
+    layer = copy.deepcopy(model.policy.value_net)
+    layer.weight.data *= 0.5
+    model.policy.value_net = layer
+
+
+def clip(model: Any) -> None:
+    model.max_grad_norm = {"actor": 1e-3}
+
+
+def setting(**values: Any) -> Callable[[Any], None]:
+    return lambda model: vars(model).update(values)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
+    "parameters": (load_half, {}),
+    "memory": (move_the_bias, {}),
+    "layer": (replace_a_layer, {}),
+    "activation": (lambda model: setattr(model.policy.mlp_extractor.policy_net, "1", nn.ReLU()), {}),
+    "frozen": (lambda model: model.policy.mlp_extractor.policy_net.requires_grad_(False), {}),
+    "frozen with traces": (lambda model: model.policy.action_net.requires_grad_(False), {"actor_trace_lambda": 0.8}),
+    "hook": (lambda model: model.policy.value_net.register_forward_hook(lambda *args: 0.5 * args[-1]), {}),
+    "gradient hook": (lambda model: model.policy.action_net.weight.register_hook(lambda gradient: 3 * gradient), {}),
+    "betas": (lambda model: model.policy.optimizer.param_groups[0].update(betas=(0.1, 0.1)), {}),
+    "rate": (lambda model: setattr(model, "lr_schedule", lambda _: 0.1), {}),
+    "max_grad_norm": (clip, {}),
+    "gamma": (setting(gamma=0.1), {}),
+    "ent_coef": (setting(ent_coef=0.5), {}),
+    "no ent_coef": (setting(ent_coef=0.0), {"ent_coef": 0.5}),
+    "gamma_t_weight": (setting(gamma_t_weight=True), {"gamma": 0.5}),
+    "traces": (setting(actor_trace_lambda=0.9, critic_trace_lambda=0.9), {}),
+    "other traces": (setting(actor_trace_lambda=0.0, critic_trace_lambda=0.2), {"actor_trace_lambda": 0.9}),
+    "noise": (setting(exploration_std=0.5), DETERMINISTIC),
+}
+
+
+@pytest.mark.parametrize(("change", "kwargs"), CHANGES.values(), ids=CHANGES)
+def test_what_a_callback_changes_acts_at_once(change: Callable[[Any], Any], kwargs: dict[str, Any]) -> None:
+    """Not in the next rollout; without the engine that is so by itself."""
+
+    class Change(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 10:
+                change(self.model)
+            return True
+
+    def trained(engine: bool, callback: BaseCallback | None) -> th.Tensor:
+        # with Adam's eps of 1e-2 rounding stays what it is, also where a gradient is 0
+        policy_kwargs = {"optimizer_kwargs": {"eps": 1e-2}}
+        actions = CONTINUOUS if "critic" in kwargs else spaces.Discrete(2)
+        model = make(RandomEnv(BOX, actions), engine=engine, policy_kwargs=policy_kwargs, learning_rate=0.01, **kwargs)
+        model.env.seed(3)
+        model.learn(14, callback=callback)
+        return th.cat([flat(model.policy), th.as_tensor(model.rollout_buffer.actions[:14].flatten())])
+
+    changed = trained(True, Change())
+    th.testing.assert_close(changed, trained(False, Change()), rtol=0, atol=1e-5)
+    assert not th.allclose(changed, trained(True, None), rtol=0, atol=1e-4)
 
 
 @either_engine
@@ -681,11 +754,23 @@ def test_logged_quantities() -> None:
     )
 
 
-def test_engine_report() -> None:
-    report = make().engine_report()
-    assert (report["acting"], report["rollout"]) == ("numpy", "a step at a time")
-    assert make(critic="q").engine_report()["acting"] == "PyTorch: the policy is a QMlpPolicy"
-    assert make(engine=False).engine_report()["critic update"] == "PyTorch: engine=False"
+@pytest.mark.parametrize(
+    ("policy", "observations", "actions", "kwargs"),
+    [
+        ("MlpPolicy", BOX, spaces.Discrete(2), {}),
+        ("MlpPolicy", spaces.Discrete(3), spaces.MultiDiscrete([3, 2]), {"actor_trace_lambda": 0.5}),
+        ("MlpPolicy", BOX, spaces.MultiBinary(2), {"critic": "q", "critic_trace_lambda": 0.5}),
+        ("MlpPolicy", BOX, CONTINUOUS, {"use_sde": True, "sde_sample_freq": 3}),
+        ("MlpPolicy", BOX, CONTINUOUS, {**DETERMINISTIC, "exploration_std": 0.1}),
+        ("CnnPolicy", IMAGE, CONTINUOUS, {}),
+        ("MultiInputPolicy", spaces.Dict({"vector": BOX, "choice": spaces.Discrete(3)}), CONTINUOUS, {"critic": "q"}),
+        (OwnPolicy, BOX, CONTINUOUS, {"policy_kwargs": {"activation_fn": nn.ELU}}),
+    ],
+)
+def test_steps_are_replayed(policy: Any, observations: spaces.Space, actions: spaces.Space, kwargs: dict[str, Any]) -> None:
+    model = make(make_vec_env(lambda: RandomEnv(observations, actions), 2), policy, **kwargs).learn(40)
+    assert {text for name, text in model.engine_report().items() if name.startswith("update(True)")} == {"replayed"}
+    assert make(engine=False).engine_report() == {"engine": "engine=False"}
 
 
 # What is not finite
@@ -739,3 +824,40 @@ def test_a_network_that_becomes_nan_is_named(actions: spaces.Space, network: str
     ):
         model.learn(2000, callback=Break())
     assert model.num_timesteps < 30
+
+
+class Replaces(FlattenExtractor):
+    """Knows what to do with NaN."""
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return super().forward(observations).nan_to_num(0.5)
+
+
+@either_engine
+def test_nan_that_a_policy_knows_is_no_fault(engine: bool) -> None:
+    policy_kwargs = {"features_extractor_class": Replaces}
+    model = make(Broken("observation", CONTINUOUS), policy_kwargs=policy_kwargs, engine=engine).learn(30)
+    assert flat(model.policy).isfinite().all() and model._n_updates == 30
+    with pytest.raises(NonFiniteError, match="environment 0 gave a non-finite reward"):
+        make(Broken("reward", CONTINUOUS), policy_kwargs=policy_kwargs, engine=engine).learn(30)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_sde": True}, DETERMINISTIC], ids=["gaussian", "gSDE", "deterministic"])
+@either_engine
+def test_steps_that_are_far_too_large_end_in_an_error_that_says_so(kwargs: dict[str, Any], engine: bool) -> None:
+    with pytest.raises(NonFiniteError, match=r"AC: .* became .* lower the learning rate"):
+        make("Pendulum-v1", learning_rate=1e30, engine=engine, **kwargs).learn(2000)
+
+
+@pytest.mark.parametrize(
+    ("log_std", "cause"), [(90.0, "parameters of the actor became .*nan"), (-200.0, "standard deviation of actions became 0")]
+)
+def test_a_standard_deviation_that_is_none_is_named(log_std: float, cause: str) -> None:
+    class Explode(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 10:
+                self.model.policy.log_std.data.fill_(log_std)
+            return True
+
+    with pytest.raises(NonFiniteError, match=f"AC: the {cause}"):
+        make(Broken("nothing", CONTINUOUS)).learn(600, callback=Explode())

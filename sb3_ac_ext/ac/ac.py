@@ -13,26 +13,26 @@ Actor-critic that learns from every step as it is taken (Sutton and Barto 2018, 
     I <- gamma I, if asked for; with traces z <- gamma lambda z + grad in place of grad    (section 13.6)
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch.nn import functional as F
 
 from sb3_ac_ext.ac.arguments import check_ac_arguments, fitting_policy
-from sb3_ac_ext.ac.policies import DeterministicMlpPolicy
+from sb3_ac_ext.ac.policies import DeterministicMlpPolicy, QMlpPolicy
 from sb3_ac_ext.ac.step import Step, replaced
-from sb3_ac_ext.ac.traces import Traces
+from sb3_ac_ext.ac.traces import Traces, along, follow, traces_of
+from sb3_ac_ext.base.on_policy import truncated
+from sb3_ac_ext.base.online import ROLLOUT, OnlineMixin
 from sb3_ac_ext.base.typing import ActingKwargs, constructor_keys
-from sb3_ac_ext.functional.losses import td_target
-from sb3_ac_ext.legacy.actor_critic import SEPARATE_POLICIES, Evaluation, MlpPolicy
-from sb3_ac_ext.legacy.descent import parameters_of
-from sb3_ac_ext.legacy.on_policy import truncated
-from sb3_ac_ext.legacy.online import ROLLOUT, OnlineMixin
-from sb3_ac_ext.legacy.surrogates import policy_gradient, squared_error
+from sb3_ac_ext.engine import Network
+from sb3_ac_ext.networks.actor_critic import SEPARATE_POLICIES, separate_optimizers
 from sb3_ac_ext.validation import check_keys
 
 
@@ -51,7 +51,7 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
     I is left out. From Silver et al.: mu is squashed to the actions' range, actor and critic are any networks, and actions may
     have noise, which the critic then learns the value of.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class derived from `MlpPolicy`
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class
     :param env: environment or its id
     :param learning_rate: rate of actor and critic: a number >= 0, "lin_x" (falls linearly from x to 0), or a schedule
     :param actor_learning_rate: rate of the actor instead
@@ -75,7 +75,7 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
 
     def __init__(
         self,
-        policy: str | type[MlpPolicy],
+        policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         learning_rate: float | str | Schedule = 7e-4,
         *,
@@ -118,125 +118,134 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
         if _init_setup_model:
             self._setup_model()
 
-    def _setup_model(self) -> None:
+    def _check_policy_class(self) -> None:
+        if not issubclass(self.policy_class, QMlpPolicy):  # which is no alias
+            super()._check_policy_class()
         self.policy_class = fitting_policy(self)
-        super()._setup_model()
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
         check_ac_arguments(self)
 
     def _make_optimizers(self) -> None:
-        self.policy.separate_optimizers(self.lr_schedule(1), "AC")
+        separate_optimizers(self.policy, self.lr_schedule(1), "AC")
         self._weights = np.ones(self.n_envs, dtype=np.float32)  # I
-        self._decays = {"actor": self.gamma * self.actor_trace_lambda, "critic": self.gamma * self.critic_trace_lambda}
-        traced = self._optimizers() if any(self._decays.values()) else {}
-        self._traces = {name: Traces(parameters_of(optimizer), self.n_envs) for name, optimizer in traced.items()}
+        self._traces: dict[str, Traces] = {}
 
-    def _optimizers(self) -> dict[str, th.optim.Optimizer]:
-        return {"actor": self.policy.optimizer, "critic": self.policy.value_optimizer}
+    def _networks(self) -> Mapping[str, Network]:
+        policy: Any = self.policy
+        return {
+            "actor": self._network("actor", policy, policy.optimizer, rate=self.actor_learning_rate),
+            "critic": self._network("critic", policy, policy.value_optimizer, rate=self.critic_learning_rate),
+        }
+
+    # Steps
+
+    def _forward(self, obs: Any) -> tuple[np.ndarray, th.Tensor, th.Tensor]:
+        actions, values, log_prob = super()._forward(obs)
+        return self._explored(th.as_tensor(actions)).numpy(), values, log_prob
+
+    def _learn_from(self, seen: tuple[Any, ...], infos: list[dict[str, Any]], act: bool) -> np.ndarray | None:
+        step = self._as_step(seen, infos)
+        self._n_updates += 1
+        self._engine.begin()
+        self._set_traces()
+        outputs = self._engine.run(self._update, step, act or self.critic == "q")
+        if "next_actions" not in outputs:
+            return None
+        next_actions = outputs["next_actions"].cpu().numpy()
+        dones = seen[-1]
+        if self.critic == "q" and dones.any():  # there the next episode's first action is another one
+            next_actions[dones] = self._forward(step.new_observations)[0][dones]
+        return next_actions
+
+    def _as_step(self, seen: tuple[Any, ...], infos: list[dict[str, Any]]) -> Step:
+        obs, starts, actions, rewards, new_obs, dones = seen
+        ones = np.ones(self.n_envs, dtype=np.float32)
+        self._weights = np.where(starts, ones, np.float32(self.gamma) * self._weights) if self.gamma_t_weight else ones
+        last, continues = new_obs, ones
+        if dones.any():
+            cut = dict(truncated(dones, infos))
+            last, continues = replaced(new_obs, cut), (~dones).astype(np.float32)
+            continues[list(cut)] = 1
+        if not isinstance(self.action_space, spaces.Discrete):
+            actions = actions.reshape(self.n_envs, -1)
+        return Step(obs, actions, rewards.astype(np.float32), last, continues, starts, self._weights, new_obs)
+
+    def _set_traces(self) -> None:
+        """As many as are asked for now."""
+        for name, decay in (("actor", self.actor_trace_lambda), ("critic", self.critic_trace_lambda)):
+            if decay:
+                parameters = self._engine.networks[name].parameters
+                self._traces[name] = traces_of(parameters, self.n_envs, self._traces.get(name))
+            else:
+                self._traces.pop(name, None)
 
     # Updates
 
-    def _act(self, obs: Any) -> np.ndarray:
-        actions = super()._act(obs)
-        if self.exploration_std:
-            noise = th.empty(actions.shape, dtype=th.float32).normal_(0, self.exploration_std).numpy()
-            actions = np.clip(actions + noise, -1, 1)
-        return actions
-
-    def _learn_from(
-        self, actions: np.ndarray, rewards: np.ndarray, new_obs: Any, dones: np.ndarray, infos: list[dict[str, Any]]
-    ) -> np.ndarray | None:
-        next_actions = self._act(new_obs) if self.critic == "q" else None
-        self._update(self._as_step(actions, rewards, new_obs, dones, infos, next_actions))
-        return next_actions
-
-    def _as_step(
-        self,
-        actions: np.ndarray,
-        rewards: np.ndarray,
-        new_obs: Any,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-        next_actions: np.ndarray | None,
-    ) -> Step:
-        """What was seen in a step, for the update."""
-        starts = np.asarray(self._last_episode_starts)
-        self._weights = np.where(starts, np.float32(1), np.float32(self.gamma if self.gamma_t_weight else 1) * self._weights)
-        last, terminated = new_obs, dones.astype(np.float32)
-        if dones.any():
-            cut = dict(truncated(dones, infos))
-            last, terminated[list(cut)] = replaced(new_obs, cut), 0
-            if cut and next_actions is not None:
-                drawn = self._act(last)
-                next_actions = replaced(next_actions, {i: drawn[i] for i in cut})
-        array = self._learner.array
+    def _update(self, step: Step, act: bool) -> dict[str, th.Tensor]:
+        outputs = {}
         with th.no_grad():
-            next_values = self._critic_values(array(last), array(actions if next_actions is None else next_actions))
-        # gamma goes with the values, whose precision may be higher than that of the rewards
-        targets = td_target(array(rewards.astype(np.float32)), array(terminated), 1.0, self.gamma * next_values)
-        return Step(array(self._last_obs), array(actions.reshape(self.n_envs, -1)), targets, array(self._weights))
+            if self.critic == "v":
+                next_values = self.policy.predict_values(step.next_observations)
+            else:
+                outputs["next_actions"] = self._sampled(step.next_observations)  # a'
+                next_values = self.policy.action_values(step.next_observations, outputs["next_actions"])
+            targets = step.rewards + step.continues * (self.gamma * next_values.flatten())  # y
+        self.policy.set_training_mode(True)
+        losses = self._deterministic_losses if self.deterministic_policy else self._losses
+        actor_loss, critic_loss, logged = losses(step, targets)
+        self.policy.set_training_mode(False)
+        self._engine.minimise(actor_loss, "actor")
+        self._engine.minimise(critic_loss, "critic")
+        if act and self.critic == "v":
+            with th.no_grad():
+                outputs["next_actions"] = self._sampled(step.new_observations)
+        return {**outputs, **logged}
 
-    def _critic_values(self, obs: Any, actions: Any) -> Any:
-        """``(N,)`` V(s), or Q(s, a)."""
-        if self.critic == "v":
-            return self._learner.evaluate(obs, actions, ("value",)).values
-        return self.policy.action_values(obs, actions).flatten()
+    def _losses(self, step: Step, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
+        values, log_prob, entropy = self._evaluate(step)
+        errors = targets - values.detach()
+        advantages = errors if self.critic == "v" else values.detach()
+        actor_loss = -(step.weights * advantages * log_prob).mean()
+        critic_loss = 0.5 * F.mse_loss(values, targets)
+        logged = {"actor_loss": actor_loss, "critic_loss": critic_loss, "entropy_loss": -entropy.mean()}
+        if self.actor_trace_lambda:
+            actor_loss = -self._along_traces("actor", step, step.weights * log_prob, advantages)
+        if self.critic_trace_lambda:
+            critic_loss = -self._along_traces("critic", step, values, errors)
+        if self.ent_coef:
+            actor_loss = actor_loss + self.ent_coef * logged["entropy_loss"]
+        return actor_loss, critic_loss, logged
 
-    @np.errstate(over="ignore", invalid="ignore")  # silent as PyTorch; `_end_updates` says what became of it
-    def _update(self, step: Step) -> None:
-        """One update of actor and critic."""
-        self._set_training(True)
-        self._n_updates += 1
-        if self.deterministic_policy:
-            self._descend("actor", self._actor_loss, step)
-            self._descend("critic", self._critic_loss, step)
-            return
-        evaluation = self._learner.evaluate(step.observations, step.actions)
-        error = squared_error(evaluation.values, step.targets)
-        advantages = step.targets - evaluation.values if self.critic == "v" else evaluation.values
-        loss = policy_gradient(evaluation.log_prob, step.weights * advantages)
-        entropy = -self.ent_coef / self.n_envs + 0 * loss.slope if self.ent_coef else None
-        if self._traces:
-            self._backward_through_traces(step, evaluation, advantages, entropy)
-        else:
-            evaluation.backward(log_prob=loss.slope, entropy=entropy, values=0.5 * error.slope)
-        self._step("actor")
-        self._step("critic")
-        self._means.add("actor_loss", loss.value)
-        self._means.add("critic_loss", 0.5 * error.value)
-        self._means.add("entropy_loss", -evaluation.entropy.mean())
+    def _along_traces(self, name: str, step: Step, values: th.Tensor, weights: th.Tensor) -> th.Tensor:
+        """What has the weighted traces of ``(N,)`` values for its gradient, in place of their weighted gradients."""
+        traces, parameters = self._traces[name], self._engine.networks[name].parameters
+        decay = self.gamma * (self.actor_trace_lambda if name == "actor" else self.critic_trace_lambda)
+        follow(traces, parameters, values, decay * ~step.started)
+        return along(traces, parameters, weights)
 
-    def _backward_through_traces(self, step: Step, evaluation: Evaluation, advantages: Any, entropy: Any) -> None:
-        """What ``evaluation.backward`` leaves, with each environment's traces in place of its gradients."""
-        actor, critic = self._traces["actor"], self._traces["critic"]
-        bonus: th.Tensor | float = 0.0
-        if entropy is not None:
-            evaluation.backward(entropy=entropy)
-            bonus = actor.gradient()
-        not_done = ~np.asarray(self._last_episode_starts)
-        for i in range(self.n_envs):
-            sample = step.of(i)
-            one = 0 * sample.targets + 1
-            self._learner.evaluate(sample.observations, sample.actions).backward(log_prob=one, values=one)
-            actor.follow(i, self._decays["actor"] * not_done[i], self._weights[i])
-            critic.follow(i, self._decays["critic"] * not_done[i])
-        actor.apply(th.as_tensor(-advantages / self.n_envs), bonus)
-        critic.apply(th.as_tensor((evaluation.values - step.targets) / self.n_envs))
+    def _deterministic_losses(self, step: Step, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
+        obs = step.observations
+        values = self.policy.action_values(obs, self.policy.action(obs)).flatten()
+        actor_loss = -(step.weights * values).mean()  # its gradient is that of Silver et al. (2014), eq. 13
+        critic_loss = 0.5 * F.mse_loss(self.policy.action_values(obs, step.actions).flatten(), targets)
+        return actor_loss, critic_loss, {"actor_loss": actor_loss, "critic_loss": critic_loss}
 
-    def _actor_loss(self, step: Step) -> th.Tensor:
-        """-mean I Q(s, mu(s)), whose gradient is that of Silver et al. (2014), eq. 13."""
-        actions = self.policy.action(step.observations)
-        return -(step.weights * self.policy.action_values(step.observations, actions).flatten()).mean()
+    def _sampled(self, obs: Any) -> th.Tensor:
+        """``(N, ...)`` actions to be taken, as the distribution gives them."""
+        actions, _, _ = self.policy(obs)
+        return self._explored(actions)
 
-    def _critic_loss(self, step: Step) -> th.Tensor:
-        values = self.policy.action_values(step.observations, step.actions).flatten()
-        return 0.5 * F.mse_loss(values, step.targets)
+    def _explored(self, actions: th.Tensor) -> th.Tensor:
+        """With the noise of a deterministic policy."""
+        if self.exploration_std:
+            actions = (actions + self.exploration_std * th.randn_like(actions)).clamp(-1, 1)
+        return actions
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()
         return [*state_dicts, "policy.value_optimizer"], tensors
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_weights", "_decays", "_traces"]
+        return [*super()._excluded_save_params(), "_weights", "_traces"]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 
 from sb3_ac_ext.ac.policies import (
     DeterministicCnnPolicy,
@@ -14,10 +14,10 @@ from sb3_ac_ext.ac.policies import (
     QMultiInputPolicy,
 )
 from sb3_ac_ext.base.arguments import check_bounded_actions, check_policy_class
-from sb3_ac_ext.legacy.actor_critic import MlpPolicy, SeparateCnnPolicy, SeparateMultiInputPolicy
+from sb3_ac_ext.networks.actor_critic import SEPARATE_POLICIES
 from sb3_ac_ext.validation import UnsupportedError, check_choice, check_number, check_switch
 
-V_POLICIES = (MlpPolicy, SeparateCnnPolicy, SeparateMultiInputPolicy)
+V_POLICIES = tuple(SEPARATE_POLICIES.values())
 Q_POLICIES = (QMlpPolicy, QCnnPolicy, QMultiInputPolicy)
 DETERMINISTIC_POLICIES = (DeterministicMlpPolicy, DeterministicCnnPolicy, DeterministicMultiInputPolicy)
 
@@ -68,7 +68,7 @@ def _check_deterministic(model: Any) -> None:
 
 
 def _check_policy(model: Any) -> None:
-    check_policy_class(model, MlpPolicy)
+    check_policy_class(model, ActorCriticPolicy)
     given = model.policy_class
     has = issubclass(given, QMlpPolicy), issubclass(given, DeterministicMlpPolicy)
     if has != (model.critic == "q", model.deterministic_policy):

@@ -1,20 +1,19 @@
-"""Policies whose critic is Q(s, a), stochastic and deterministic; `legacy.actor_critic` has those whose critic is V(s)."""
+"""Policies whose critic is Q(s, a), stochastic and deterministic."""
 
 from typing import Any
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim, preprocess_obs
 from stable_baselines3.common.torch_layers import create_mlp
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_ac_ext.legacy.actor_critic import MlpPolicy, SeparateFeatures
-from sb3_ac_ext.networks.policies import ForDicts, ForImages
+from sb3_ac_ext.networks.actor_critic import SeparateCnnPolicy, SeparateMultiInputPolicy
 
 
-class QMlpPolicy(MlpPolicy):
+class QMlpPolicy(ActorCriticPolicy):
     """The value network takes the action beside the features: one-hot where it is a choice, as it is otherwise."""
 
     def _build_mlp_extractor(self) -> None:
@@ -84,17 +83,17 @@ class DeterministicMlpPolicy(QMlpPolicy):
         return self.action(observation).reshape(-1, *self.action_space.shape)  # type: ignore[misc]  # a Box has one
 
 
-class QCnnPolicy(ForImages, SeparateFeatures, QMlpPolicy):
+class QCnnPolicy(SeparateCnnPolicy, QMlpPolicy):
     """`QMlpPolicy` for images."""
 
 
-class QMultiInputPolicy(ForDicts, SeparateFeatures, QMlpPolicy):
+class QMultiInputPolicy(SeparateMultiInputPolicy, QMlpPolicy):
     """`QMlpPolicy` for Dict observations."""
 
 
-class DeterministicCnnPolicy(ForImages, SeparateFeatures, DeterministicMlpPolicy):
+class DeterministicCnnPolicy(SeparateCnnPolicy, DeterministicMlpPolicy):
     """`DeterministicMlpPolicy` for images."""
 
 
-class DeterministicMultiInputPolicy(ForDicts, SeparateFeatures, DeterministicMlpPolicy):
+class DeterministicMultiInputPolicy(SeparateMultiInputPolicy, DeterministicMlpPolicy):
     """`DeterministicMlpPolicy` for Dict observations."""

@@ -7,24 +7,24 @@ import numpy as np
 
 
 class Step(NamedTuple):
-    """A step of N environments; arrays or tensors, as their `ActorCritic` takes them."""
+    """A step of N environments."""
 
     observations: Any
     """``(N, ...)`` s, or a dict of them."""
     actions: Any
-    """``(N, A)`` a, as the distribution gave it."""
-    targets: Any
-    """``(N,)`` y, what the critic's value shall be, in reward units."""
+    """``(N, A)`` a, as the distribution gave it; ``(N,)`` of Discrete ones."""
+    rewards: Any
+    """``(N,)`` r, in reward units."""
+    next_observations: Any
+    """``(N, ...)`` s', of a truncated episode the last one; anything where it terminated."""
+    continues: Any
+    """``(N,)`` 0 where the episode terminated there, 1 elsewhere, truncation included."""
+    started: Any
+    """``(N,)`` whether the episode began with s."""
     weights: Any
     """``(N,)`` I of the actor's update."""
-
-    def of(self, env: int) -> "Step":
-        """The step of one environment."""
-        return Step(*(_rows(field, slice(env, env + 1)) for field in self))
-
-
-def _rows(field: Any, rows: slice) -> Any:
-    return {name: value[rows] for name, value in field.items()} if isinstance(field, dict) else field[rows]
+    new_observations: Any
+    """``(N, ...)`` what the environments show now, where the next actions are taken."""
 
 
 def replaced(values: Any, by: Mapping[int, Any]) -> Any:
