@@ -252,12 +252,12 @@ class Recorder(Closed):
         made, read = [], []
         for helper, held in helpers:
             for name, value in vars(helper).items():
-                if not isinstance(value, th.Tensor):
-                    continue
-                if value is not held.get(name):
-                    made += [(vars(helper), name, value.detach())] if tape.has_made(value) else []
-                elif isinstance(replay, Graph) or memory(value) in used:
-                    read.append((vars(helper), name, value))
+                if isinstance(value, th.Tensor):
+                    stayed = value is held.get(name)
+                    if not stayed and tape.has_made(value):
+                        made.append((vars(helper), name, value.detach()))
+                    if stayed and (isinstance(replay, Graph) or memory(value) in used):
+                        read.append((vars(helper), name, value))
         gradients = [(p, p.grad) for network in self._used.values() for p in network.parameters]
         guard = Guard(self._owner, reads, self._used, None if isinstance(replay, Graph) else used, read)
         return Recording(replay, inputs, outputs, gradients, self._given, made), guard
