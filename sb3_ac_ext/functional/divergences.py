@@ -8,7 +8,7 @@ def gaussian_kl(mean: th.Tensor, std: th.Tensor, other_mean: th.Tensor, other_st
     """
     Of diagonal Gaussians.
 
-        KL(p || q) = sum_i [ log(sigma_q_i / sigma_p_i) + (sigma_p_i^2 + (mu_p_i - mu_q_i)^2) / (2 sigma_q_i^2) - 1/2 ]
+        KL(p || q) = sum_i [ (r_i^2 - 1 + ((mu_p_i - mu_q_i) / sigma_q_i)^2) / 2 - log r_i ],  r_i = sigma_p_i / sigma_q_i
 
     :param mean: ``(B, A)`` mu_p
     :param std: ``(B, A)`` sigma_p, > 0
@@ -16,8 +16,8 @@ def gaussian_kl(mean: th.Tensor, std: th.Tensor, other_mean: th.Tensor, other_st
     :param other_std: ``(B, A)`` sigma_q, > 0
     :return: ``(B,)`` in nats
     """
-    spread = (std.square() + (mean - other_mean).square()) / (2 * other_std.square())
-    return ((other_std / std).log() + spread - 0.5).sum(dim=1)
+    ratio, distance = std / other_std, (mean - other_mean) / other_std
+    return ((ratio.square() - 1 + distance.square()) / 2 - ratio.log()).sum(dim=1)
 
 
 def categorical_kl(logits: th.Tensor, other_logits: th.Tensor) -> th.Tensor:
@@ -38,11 +38,12 @@ def bernoulli_kl(logits: th.Tensor, other_logits: th.Tensor) -> th.Tensor:
     """
     Of independent Bernoulli variables, with l the logit of a one.
 
-        KL(p || q) = sum_i [ p_i (l_p_i - l_q_i) + log(1 + exp l_q_i) - log(1 + exp l_p_i) ]
+        KL(p || q) = sum_i [ p_i log(p_i / q_i) + (1 - p_i) log((1 - p_i) / (1 - q_i)) ],  -log p = log(1 + exp(-l))
 
     :param logits: ``(B, A)`` l_p
     :param other_logits: ``(B, A)`` l_q
     :return: ``(B,)`` in nats
     """
-    partition = F.softplus(other_logits) - F.softplus(logits)
-    return (logits.sigmoid() * (logits - other_logits) + partition).sum(dim=1)
+    of_one = F.softplus(-other_logits) - F.softplus(-logits)
+    of_zero = F.softplus(other_logits) - F.softplus(logits)
+    return (logits.sigmoid() * of_one + (-logits).sigmoid() * of_zero).sum(dim=1)
