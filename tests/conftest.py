@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import stable_baselines3.common.policies
@@ -29,8 +30,8 @@ def spec(request: pytest.FixtureRequest) -> AlgoSpec:
 def double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """SB3 casts observations to float32; a policy in float64 is given float64 instead."""
 
-    def doubled(obs: torch.Tensor, space: object, normalize_images: bool = True) -> torch.Tensor:
-        return obs.double()
+    def doubled(obs: Any, space: object, normalize_images: bool = True) -> Any:
+        return {name: part.double() for name, part in obs.items()} if isinstance(obs, dict) else obs.double()
 
     monkeypatch.setattr(stable_baselines3.common.policies, "preprocess_obs", doubled)
 

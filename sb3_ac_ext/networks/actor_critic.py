@@ -102,11 +102,15 @@ def separate_optimizers(policy: Any, rate: float, needed_by: str) -> None:
     :raises ArgumentError: if they share parameters
     """
     groups = policy_parameters(policy), value_parameters(policy)
-    if {*map(id, groups[0])} & {*map(id, groups[1])}:
-        raise ArgumentError(
-            f"{needed_by} needs networks of their own for policy and value: set "
-            "policy_kwargs=dict(share_features_extractor=False), got a shared features extractor"
-        )
+    shared = {*map(id, groups[0])} & {*map(id, groups[1])}
+    for name, parameter in policy.named_parameters():
+        if id(parameter) in shared:
+            extractor = "policy_kwargs=dict(share_features_extractor=False)"
+            divided = "a mlp_extractor of a policy_net and a value_net"
+            raise ArgumentError(
+                f"{needed_by} needs networks of their own for policy and value: give the policy "
+                f"{divided if name.startswith('mlp_extractor') else extractor}, got {name} in both"
+            )
     policy.optimizer, policy.value_optimizer = (
         policy.optimizer_class(own, lr=rate, **policy.optimizer_kwargs) for own in groups
     )
