@@ -129,6 +129,7 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         while n_steps < n_rollout_steps and not (whole_episodes and self._has_enough(finished)):
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self._reset_noise()
+            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # for callbacks, as the other names
             actions, values, log_probs = self._forward(self._last_obs)
             clipped_actions = self._within_bounds(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
