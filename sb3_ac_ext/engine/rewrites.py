@@ -69,6 +69,8 @@ ELEMENTWISE = frozenset(
     | {"threshold_backward", "softplus", "softplus_backward", "elu_backward", "rsub"}
 )
 """Each number of the result depends on the numbers in its place alone."""
+ARITHMETIC = frozenset({"add", "sub", "mul", "div", "eq", "ne", "ge", "gt", "le", "lt"} | {"add_", "sub_", "mul_", "div_"})
+"""Operations that take a number or a tensor of no dimensions, which is twice as fast."""
 NUMBERS = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
 """Operations whose result is one number everywhere."""
 
@@ -83,7 +85,7 @@ def calls(operation: Operation, rounding: bool = True) -> list[Call]:
         return []
     if operation.result is None:
         lasting = th.Tag.nondeterministic_seeded in getattr(operation.function, "tags", ())
-        return [Call(_direct_method(operation), operation.args, operation.kwargs, lasting=lasting)]
+        return [Call(_direct_method(operation), _without_number(operation), operation.kwargs, lasting=lasting)]
     for rules in (EXACT, ROUNDING) if rounding else (EXACT,):
         rule = rules.get(operation.name)
         better = rule(operation) if rule is not None else None
@@ -117,13 +119,24 @@ def _general(operation: Operation) -> Call:
     lasting = th.Tag.nondeterministic_seeded in function.tags or "batch_norm" in name
     if isinstance(result, th.Tensor):
         if name in DIRECT:
-            return Call(getattr(th, name), args, {**kwargs, "out": result}, (result,), elementwise, lasting)
+            given = _without_number(operation)
+            return Call(getattr(th, name), given, {**kwargs, "out": result}, (result,), elementwise, lasting)
         variant = _variant_with_memory(function)
         if variant is not None:
             overload, argument, kept = variant
             given = {key: value for key, value in kwargs.items() if key in kept}
             return Call(overload._op, args, {**given, argument: result}, (result,), elementwise, lasting)
     return Call(_copied, (function._op, result, args, kwargs), {}, tuple(tensors(result)), lasting=lasting)
+
+
+def _without_number(operation: Operation) -> tuple[Any, ...]:
+    """The arguments, with a tensor in place of a number where that is the same to an operation."""
+    args = operation.args
+    if operation.name not in ARITHMETIC or operation.kwargs or type(args[-1]) not in (int, float):
+        return args
+    x = args[0]
+    alike = isinstance(x, th.Tensor) and x.dtype in (th.float32, th.float64) and len(args) == 2
+    return (x, th.tensor(args[1], dtype=x.dtype, device=x.device)) if alike else args
 
 
 def _copied(function: Callable[..., Any], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -186,13 +199,15 @@ def _all(operation: Operation) -> list[Call] | None:
     return [Call(th.all, operation.args, {"out": operation.result}, (operation.result,))]
 
 
-@_rule(ROUNDING, "sum")
-def _sum_of_everything(operation: Operation) -> list[Call] | None:
-    """It has no variant with memory for the result; the sum over all dimensions has one."""
-    if len(operation.args) > 1 or operation.kwargs:
+@_rule(ROUNDING, "sum", "mean")
+def _sum(operation: Operation) -> list[Call] | None:
+    """Over a batch of one it copies. That of everything has no variant with memory; that over all dimensions has one."""
+    (x, *rest), out = operation.args, operation.result
+    if operation.kwargs or not x.is_floating_point():
         return None
-    (x,), out = operation.args, operation.result
-    return [Call(th.sum, (x, list(range(x.dim()))), {"out": out}, (out,))] if x.is_floating_point() else None
+    if x.numel() == out.numel():
+        return [Call(th.Tensor.copy_, (out, x.view(out.shape)), {}, (out,))]
+    return None if rest or operation.name == "mean" else [Call(th.sum, (x, list(range(x.dim()))), {"out": out}, (out,))]
 
 
 @_rule(ROUNDING, "mse_loss")

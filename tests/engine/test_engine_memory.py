@@ -347,7 +347,7 @@ def test_a_chain_takes_no_more_than_its_largest_pair() -> None:
         y = x
         for _ in range(20):
             y = (y * 0.5 + 1).tanh().abs()
-    assert Replay(tape, {"y": y}).bytes <= 2 * 4000
+    assert Replay(tape, {"y": y}).bytes <= 2 * 4000 + 40 * 4  # and the numbers
 
 
 def test_what_nobody_reads_is_not_done() -> None:

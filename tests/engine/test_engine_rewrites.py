@@ -152,7 +152,7 @@ def test_the_table_is_tested() -> None:
         "_to_copy",
         "_is_all_true",
     }
-    assert ROUNDING.keys() == {"sum", "mse_loss", "mm", "addmm", "linear"}
+    assert ROUNDING.keys() == {"sum", "mean", "mse_loss", "mm", "addmm", "linear"}
 
 
 # Those that round
@@ -163,6 +163,14 @@ def test_sums(dtype: th.dtype) -> None:
     for x in matrices(dtype):
         (call,) = check(th.sum, x, rounding=True)
         assert call.function is th.sum
+        for function, dim, keepdim in itertools.product((th.sum, th.mean), (0, 1, (0, 1)), (False, True)):
+            if x.numel() or function is th.sum:
+                check(function, x, dim=dim, keepdim=keepdim, rounding=True)
+    one = numbers(0, 1, 5).to(dtype)
+    for function, x in itertools.product((th.sum, th.mean), (one, one.t(), numbers(0, 4, 6).to(dtype)[:1, ::2], one[:, :1])):
+        for keepdim in (False, True):
+            (call,) = check(function, x, dim=x.shape.index(1), keepdim=keepdim, rounding=True)
+            assert call.function is th.Tensor.copy_
     for x in (
         SPECIAL[:2].to(dtype),
         numbers(0, 100, 301).to(dtype).t(),
@@ -358,6 +366,17 @@ def test_operations_that_promote(name: str) -> None:
             except RuntimeError:
                 continue
             check(function, one, other)
+
+
+@pytest.mark.parametrize("number", [0, 3, -0.0, 0.1, 1e-45, 1e39, 2**24 + 1, float("inf"), float("nan")])
+def test_numbers_become_tensors(number: float) -> None:
+    """Where that gives the same bits: not in half precision, where numbers are taken in more than that."""
+    tensors_of_two_kinds = (numbers(0, 4, 3), SPECIAL, SPECIAL.double(), th.tensor(1.5)), (SPECIAL.half(), SPECIAL.bfloat16())
+    for name in ("add", "sub", "mul", "div", "eq", "ne", "ge", "gt", "le", "lt"):
+        for become, given in zip((True, False), tensors_of_two_kinds, strict=True):
+            for x in given:
+                (call,) = check(lambda y, name=name: getattr(th, name)(y, number), x)
+                assert isinstance(call.args[1], th.Tensor) is become
 
 
 def test_operations_without_elements() -> None:
