@@ -22,7 +22,6 @@ from gymnasium import spaces
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from torch.nn import functional as F
 
 from sb3_ac_ext.ac.arguments import check_ac_arguments, fitting_policy
 from sb3_ac_ext.ac.policies import DeterministicMlpPolicy, QMlpPolicy
@@ -150,13 +149,14 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
         self._n_updates += 1
         self._engine.begin()
         self._set_traces()
-        outputs = self._engine.run(self._update, step, act or self.critic == "q")
-        if "next_actions" not in outputs:
+        act = act or self.critic == "q"
+        outputs = self._engine.run(self._update, step, act)
+        if not act:
             return None
-        next_actions = outputs["next_actions"].cpu().numpy()
-        dones = seen[-1]
-        if self.critic == "q" and dones.any():  # there the next episode's first action is another one
-            next_actions[dones] = self._forward(step.new_observations)[0][dones]
+        next_actions: np.ndarray = outputs["next_actions"].cpu().numpy()
+        ended = seen[-1]
+        if self.critic == "q" and ended.any():  # a' is not what the next episode begins with
+            next_actions[ended] = self._forward(step.new_observations)[0][ended]
         return next_actions
 
     def _as_step(self, seen: tuple[Any, ...], infos: list[dict[str, Any]]) -> Step:
@@ -205,15 +205,15 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
 
     def _losses(self, step: Step, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
         values, log_prob, entropy = self._evaluate(step)
-        errors = targets - values.detach()
-        advantages = errors if self.critic == "v" else values.detach()
+        errors = targets - values
+        advantages = (errors if self.critic == "v" else values).detach()
         actor_loss = -(step.weights * advantages * log_prob).mean()
-        critic_loss = 0.5 * F.mse_loss(values, targets)
+        critic_loss = 0.5 * errors.square().mean()
         logged = {"actor_loss": actor_loss, "critic_loss": critic_loss, "entropy_loss": -entropy.mean()}
         if self.actor_trace_lambda:
             actor_loss = -self._along_traces("actor", step, step.weights * log_prob, advantages)
         if self.critic_trace_lambda:
-            critic_loss = -self._along_traces("critic", step, values, errors)
+            critic_loss = -self._along_traces("critic", step, values, errors.detach())
         if self.ent_coef:
             actor_loss = actor_loss + self.ent_coef * logged["entropy_loss"]
         return actor_loss, critic_loss, logged
@@ -227,9 +227,10 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
 
     def _deterministic_losses(self, step: Step, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
         obs = step.observations
-        values = self.policy.action_values(obs, self.policy.action(obs)).flatten()
-        actor_loss = -(step.weights * values).mean()  # its gradient is that of Silver et al. (2014), eq. 13
-        critic_loss = 0.5 * F.mse_loss(self.policy.action_values(obs, step.actions).flatten(), targets)
+        best = self.policy.action_values(obs, self.policy.action(obs)).flatten()
+        actor_loss = -(step.weights * best).mean()  # its gradient is that of Silver et al. (2014), eq. 13
+        errors = targets - self.policy.action_values(obs, step.actions).flatten()
+        critic_loss = 0.5 * errors.square().mean()
         return actor_loss, critic_loss, {"actor_loss": actor_loss, "critic_loss": critic_loss}
 
     def _sampled(self, obs: Any) -> th.Tensor:
