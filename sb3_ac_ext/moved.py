@@ -17,18 +17,17 @@ _ROOMS = {
     "buffers": "replay rollouts",
     "ddpgx": "parameter_noise",
     "envs": "frames",
-    "legacy": "acting actor_critic capture descent flat_tensor fused_mlp matmul means numpy_actor_critic numpy_heads "
-    "numpy_layers participants tape updates workspace",
-    "networks": "critics policies",
+    "networks": "actor_critic critics policies",
 }
 MOVED = {
     **{f"sb3_ac_ext.common.{name}": f"sb3_ac_ext.{room}.{name}" for room, names in _ROOMS.items() for name in names.split()},
     "sb3_ac_ext.common.validation": "sb3_ac_ext.validation",
+    "sb3_ac_ext.legacy.actor_critic": "sb3_ac_ext.networks.actor_critic",
     "sb3_ac_ext.maddpg.environment": "sb3_ac_ext.envs.joint",
     "sb3_ac_ext.maddpg.spaces": "sb3_ac_ext.envs.joint_spaces",
 }
 """Today's name of each module by its old one."""
-GONE = {"sb3_ac_ext.common"}
+GONE = {"sb3_ac_ext.common", "sb3_ac_ext.legacy"}
 """Packages of which nothing is left but the old names in them."""
 
 

@@ -19,12 +19,9 @@ BELOW["networks"] = BELOW["buffers"] = {*BELOW["engine"], "engine", "envs"}
 BELOW["base"] = {*BELOW["networks"], "networks", "buffers"}
 BELOW["actors"] = {*BELOW["base"], "base"}
 FOUNDATIONS = set(BELOW)
-# What the on-policy family computes with until it is ported: it may import whatever it needs, and every room but `functional`
-# may import it.
-LEGACY = "legacy"
 COMMANDS = {"train", "enjoy"}
 ALGORITHMS = {path.stem if path.parent == Path() else path.parts[0] for path in MODULES}
-ALGORITHMS -= FOUNDATIONS | COMMANDS | {LEGACY, "__init__", "moved", "zoo"}
+ALGORITHMS -= FOUNDATIONS | COMMANDS | {"__init__", "moved", "zoo"}
 VARIANTS: dict[str, set[str]] = {}
 """The algorithms that subclass another one: from which."""
 OPTIONAL = {"ray", "pettingzoo", "mpe2"}
@@ -68,13 +65,12 @@ def allowed(room: str) -> set[str]:
     if room == "functional":
         return {room}
     if room in FOUNDATIONS:
-        return {*BELOW[room], room, LEGACY}
+        return {*BELOW[room], room}
     if room in ALGORITHMS:
-        return {*FOUNDATIONS, room, LEGACY, *VARIANTS.get(room, ())}
-    everything = {*FOUNDATIONS, *ALGORITHMS, LEGACY}
+        return {*FOUNDATIONS, room, *VARIANTS.get(room, ())}
+    everything = {*FOUNDATIONS, *ALGORITHMS}
     return {
         "moved": set(),
-        LEGACY: everything,
         "__init__": {*everything, "moved"},
         "zoo": {*everything, "zoo"},
     }.get(room, {"zoo"})

@@ -75,7 +75,7 @@ def test_the_entry_point_of_before_is_found() -> None:
 def test_a_process_that_has_imported_nothing_reads_an_old_name() -> None:
     source = "import pickle; print(pickle.loads(b'csb3_ac_ext.common.actor_critic\\nMlpPolicy\\n.').__module__)"
     done = subprocess.run([sys.executable, "-c", source], check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == "sb3_ac_ext.legacy.actor_critic"
+    assert done.stdout.strip() == "stable_baselines3.common.policies"
 
 
 def test_the_old_names_are_only_old_names() -> None:

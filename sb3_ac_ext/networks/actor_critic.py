@@ -38,6 +38,8 @@ class SeparateMultiInputPolicy(MultiInputActorCriticPolicy):
         super().__init__(*args, **{"share_features_extractor": False, **kwargs})
 
 
+MlpPolicy, CnnPolicy, MultiInputPolicy = ActorCriticPolicy, ActorCriticCnnPolicy, MultiInputActorCriticPolicy
+"""SB3's, by the names that they have there too; zips of before look for them here."""
 SEPARATE_POLICIES: dict[str, type[BasePolicy]] = {
     "MlpPolicy": ActorCriticPolicy,
     "CnnPolicy": SeparateCnnPolicy,

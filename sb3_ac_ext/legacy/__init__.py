@@ -1,1 +1,0 @@
-"""What the on-policy family still computes with: layers, backward passes and recordings written by hand."""
