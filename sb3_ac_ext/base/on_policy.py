@@ -193,10 +193,10 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         rewards = np.array(rewards)
         for i, obs in truncated(dones, infos):
             with th.no_grad():
-                value = self.policy.predict_values(self.policy.obs_to_tensor(obs)[0]).item()
+                value = (self.gamma * self.policy.predict_values(self.policy.obs_to_tensor(obs)[0])).item()
             if not np.isfinite(value):
                 check_finite("last observation of an episode", obs, np.full(len(np.shape(obs)) + 1, i))
-            rewards[i] += self.gamma * value
+            rewards[i] += value
         return rewards
 
     def _has_enough(self, finished: np.ndarray) -> bool:
