@@ -280,11 +280,26 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
     def _updates(self) -> Iterator[Engine]:
         """See `TrainingMixin._updates`."""
         self._restore_random_state()
-        with super()._updates() as engine:
-            yield engine
+        try:
+            with super()._updates() as engine:
+                yield engine
+        except NonFiniteError as error:
+            self._check_observations(error)
+            raise
         self._record_explained_variance()
         if isinstance(log_std := getattr(self.policy, "log_std", None), th.Tensor):
             self.logger.record("train/std", log_std.detach().exp().mean().item())
+
+    def _check_observations(self, cause: NonFiniteError) -> None:
+        """Name the environment where an update failed for its observations: a saturated layer hides them until then."""
+
+        def features(samples: Samples) -> th.Tensor:
+            found: Any = self.policy.extract_features(samples.observations)
+            return th.cat(found, dim=1) if isinstance(found, tuple) else found
+
+        buffer: Any = self.rollout_buffer
+        if self._rollout_length and not buffer.generator_ready and not self._over(self._samples(), features).isfinite().all():
+            check_finite("observation", buffer.observations, np.arange(self.n_envs), env_axis=1, cause=cause)
 
     def _check_finite(self, means: Mapping[str, float]) -> None:
         super()._check_finite(means)
