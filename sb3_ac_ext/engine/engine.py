@@ -11,7 +11,7 @@ from sb3_ac_ext.engine import network as steps_of_networks
 from sb3_ac_ext.engine.kinds import WARM_UP, Function, Kind, Outputs, named
 from sb3_ac_ext.engine.network import Network
 from sb3_ac_ext.engine.recorder import MOST_RECORDINGS, Recorder
-from sb3_ac_ext.engine.recording import as_tensors, filled, leaves
+from sb3_ac_ext.engine.recording import Recording, as_tensors, filled, leaves
 
 MOST_KINDS = 64
 """Kinds of batches (function, options, shapes) that are remembered."""
@@ -295,6 +295,11 @@ class Engine(Recorder):
         kind.look = look
         return True
 
+    def _has_gradients(self, recording: Recording) -> bool:
+        if not recording.has_gradients():
+            self._publish()
+        return recording.has_gradients()
+
     def _replay(self, kind: Kind, function: Function, batch: tuple[Any, ...], options: tuple[Hashable, ...]) -> Outputs | None:
         """What the function returns, by a replay; None if it is to run as it stands."""
         if kind.recording is None:
@@ -303,7 +308,7 @@ class Engine(Recorder):
                 return None
             self._publish()
             self._record(kind, function, batch, options, self.networks)
-        elif not kind.recording.has_gradients():
+        elif not self._has_gradients(kind.recording):
             return None  # the function that computed them was not replayed
         elif not kind.verified:
             self._verify(kind, function, batch, options, self.networks)

@@ -279,6 +279,7 @@ class Guard:
         self._gradients = [parameter.requires_grad for parameter in self._trained]
         self._state_dicts = [network.optimizer.state for network in networks]
         self._states = self._current_states()
+        self._used = {*map(memory, tensors(self._states))}  # others may get memory that the function has left
         self._settings = [network.settings() for network in networks]
         self._hooks += [getattr(network.optimizer, name) for network in networks for name in OPTIMIZER_HOOKS]
 
