@@ -204,6 +204,7 @@ class Guard:
     :param networks: those that it has changed, by their names
     :param used: the memory that it has used; None for all
     :param read: tensors of objects that modules compute with which it has read: where, under which name, and the tensor
+    :param differentiates: whether it may take gradients, also of networks that others change
     """
 
     def __init__(
@@ -213,10 +214,12 @@ class Guard:
         networks: Mapping[str, Network],
         used: Collection[Key] | None = None,
         read: Sequence[Content] = (),
+        differentiates: bool = False,
     ) -> None:
         self.owner, self._kind, self._networks = owner, _kind_of(owner), dict(networks)
+        self._differentiates = differentiates or bool(networks)
         self._used = used
-        self._process = process_state(bool(networks))
+        self._process = process_state(self._differentiates)
         self._methods = [(name, value.__func__) for name, value in reads.items() if _is_method_of(owner, value)]
         self._values = [(name, value, _snapshot(value)) for name, value in reads.items() if not _is_method_of(owner, value)]
         roots = [*reads.values(), *(m for network in networks.values() for m in (network.module, network.target))]
@@ -282,6 +285,7 @@ class Guard:
         self._used = {*map(memory, tensors(self._states))}  # others may get memory that the function has left
         self._settings = [network.settings() for network in networks]
         self._hooks += [getattr(network.optimizer, name) for network in networks for name in OPTIMIZER_HOOKS]
+        self._hookable = list(dict.fromkeys([*self._trained, *self._tensors])) if self._differentiates else []
 
     def _current_tensors(self) -> list[Any]:
         return [tensor for place in self._named_tensors for tensor in place.values()]
@@ -302,13 +306,13 @@ class Guard:
             return "a hook on all modules or optimizers"
         if any(self._hooks):
             return "a hook on a module or an optimizer"
-        if any(map(_has_hook, [*self._trained, *self._tensors])):
+        if any(map(_has_hook, self._hookable)):
             return "a hook on a parameter"
         if th.is_anomaly_enabled():
             return "PyTorch looks for anomalies"
         if self._replaced:
             return f"a replaced method: {', '.join(self._replaced)}"
-        if self._networks and (th.is_inference_mode_enabled() or not th.is_grad_enabled()):
+        if self._differentiates and (th.is_inference_mode_enabled() or not th.is_grad_enabled()):
             return "gradients are switched off"
         compiled = any(vars(module).get("_compiled_call_impl") for module in self._modules)
         compiled |= any(base.__name__ == "OptimizedModule" for kind in self._types for base in kind.__mro__)
@@ -329,10 +333,10 @@ class Guard:
             return "a class"
         if any(self._hooks) or any(GLOBAL_HOOKS):
             return "a hook"
-        if process_state(bool(self._networks)) != self._process:
+        if process_state(self._differentiates) != self._process:
             return "a setting of PyTorch"
         changed = self._change_of_modules() or self._change_of_values()
-        return changed or (self._change_of_networks(networks) if self._networks else None)
+        return changed or (self._change_of_networks(networks) if self._differentiates else None)
 
     def _change_of_modules(self) -> str | None:
         if [len(vars(helper)) for helper in self._helpers] != self._attributes:
@@ -381,7 +385,7 @@ class Guard:
             return "the state of an optimizer"
         if [parameter.requires_grad for parameter in self._trained] != self._gradients:
             return "which parameters are trained"
-        return "a hook on a parameter" if any(map(_has_hook, self._trained)) else None
+        return "a hook on a parameter" if any(map(_has_hook, self._hookable)) else None
 
 
 def _is_method_of(owner: Any, value: Any) -> bool:

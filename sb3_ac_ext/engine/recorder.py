@@ -259,7 +259,7 @@ class Recorder(Closed):
                     if stayed and (isinstance(replay, Graph) or memory(value) in used):
                         read.append((vars(helper), name, value))
         gradients = [(p, p.grad) for network in self._used.values() for p in network.parameters]
-        guard = Guard(self._owner, reads, self._used, None if isinstance(replay, Graph) else used, read)
+        guard = Guard(self._owner, reads, self._used, None if isinstance(replay, Graph) else used, read, bool(networks))
         return Recording(replay, inputs, outputs, gradients, self._given, made), guard
 
     def _verify(
