@@ -200,8 +200,8 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
         with self._updates() as engine:
             samples = self._samples()
             columns = samples.observations, samples.actions, samples.advantages, samples.returns
-            rates = {name: th.as_tensor(network.rate, device=self.device) for name, network in engine.networks.items()}
-            batch = Rollout(*columns, described=None, rates=rates)
+            rates = {name: th.as_tensor(network.rate, dtype=th.float64) for name, network in engine.networks.items()}
+            batch = Rollout(*columns, described=None, rates={name: rate.to(self.device) for name, rate in rates.items()})
             outputs = self._run(self._gradients, batch)
             cold = [self._prepare(name, optimizer, outputs) for name, optimizer in self._kfacs().items()]
             outputs = self._run(self._step, batch._replace(described=outputs["described"]), *cold)
@@ -244,11 +244,12 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
         outputs: dict[str, th.Tensor] = {}
         kfacs = self._kfacs()
         for (name, optimizer), is_cold in zip(kfacs.items(), cold, strict=True):
-            self._engine.gradients(name)
+            self._engine.gradients(name)  # those that `apply` takes
             measures = optimizer.apply(batch.rates[name], is_cold)
             outputs |= {f"{name}_{key}": value for key, value in measures.items()}
-        for name in batch.rates.keys() - kfacs.keys():
-            self._engine.step(name)
+        for name in batch.rates:
+            if name not in kfacs:
+                self._engine.step(name)
         with th.no_grad():
             kl = kl_divergence(batch.described, self.policy.get_distribution(batch.observations)).mean()
         return {**outputs, "kl": kl}

@@ -32,7 +32,7 @@ class LayerCalls(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.of: dict[th.Tensor, list[tuple[th.Tensor, GradientEdge]]] = {}
-        """By its weight a layer's calls: inputs ``(N, ...)`` without graph, and the place of the output in the graph."""
+        """By its weight a layer's calls: inputs ``(N, ...)``, and the place of the output in the graph."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """See PyTorch's ``TorchFunctionMode``."""
@@ -40,7 +40,7 @@ class LayerCalls(TorchFunctionMode):
         if func in (F.linear, F.conv2d) and len(args) > 1 and output.requires_grad:
             inputs, weight = args[:2]
             # the place holds if what follows works in place
-            self.of.setdefault(weight, []).append((inputs.detach(), get_gradient_edge(output)))
+            self.of.setdefault(weight, []).append((inputs, get_gradient_edge(output)))
         return output
 
 

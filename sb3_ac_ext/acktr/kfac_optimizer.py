@@ -102,25 +102,26 @@ class KFAC(th.optim.Optimizer):
         :param log_likelihood: ``(N,)`` log-density of an output drawn from the model, for each sample
         :param calls: of the forward pass
         :return: by name and the block's number in `blocks`: "input_factor 0"
-        :raises RuntimeError: if a layer was called twice, or no layer with gradients enabled
+        :raises RuntimeError: if a layer was called for two inputs, or none with gradients enabled
         """
         layers = {i: block for i, block in enumerate(self.blocks) if isinstance(block, LayerBlock)}
         called = {i: calls.of[layer.parameters[0]] for i, layer in layers.items() if layer.parameters[0] in calls.of}
-        for i, of_layer in called.items():
-            if len(of_layer) > 1:
-                raise RuntimeError(f"K-FAC has no factors for a layer that runs twice in a forward pass: {layers[i].layer}")
-        if not called:
-            if not any(parameter.requires_grad for layer in layers.values() for parameter in layer.parameters):
-                return {}
+        if not called and any(parameter.requires_grad for layer in layers.values() for parameter in layer.parameters):
             raise RuntimeError("K-FAC has seen no layer: run the forward pass within LayerCalls(), with gradients enabled")
-        edges = [edge for ((_, edge),) in called.values()]
-        gradients = th.autograd.grad(log_likelihood.sum(), edges, retain_graph=True, allow_unused=True)
-        found: State = {}
+        for i, of_layer in called.items():
+            if any(inputs is not of_layer[0][0] for inputs, _ in of_layer):
+                raise RuntimeError(f"K-FAC has no factors for a layer that runs twice, for two inputs: {layers[i].layer}")
+        edges = [(i, edge) for i, of_layer in called.items() for _, edge in of_layer]
+        if not edges:
+            return {}
+        gradients = th.autograd.grad(log_likelihood.sum(), [edge for _, edge in edges], retain_graph=True, allow_unused=True)
         with th.no_grad():
-            for (i, ((inputs, _),)), gradient in zip(called.items(), gradients, strict=True):
+            sums: dict[int, th.Tensor] = {}
+            for (i, _), gradient in zip(edges, gradients, strict=True):
                 if gradient is not None:
-                    found |= {f"{name} {i}": value for name, value in layers[i].factors(inputs, gradient).items()}
-        return found
+                    sums[i] = sums[i] + gradient if i in sums else gradient
+            pairs = {i: layers[i].factors(called[i][0][0].detach(), gradient) for i, gradient in sums.items()}
+        return {f"{name} {i}": value for i, pair in pairs.items() for name, value in pair.items()}
 
     @th.no_grad()
     def average(self, factors: Mapping[str, th.Tensor]) -> None:
