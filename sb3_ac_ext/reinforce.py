@@ -167,7 +167,6 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
     ) -> bool:
         """See `OnPolicyMixin.collect_rollouts`; as many steps as the arguments ask for now."""
         self._check_time_limit()
-        rollout_buffer.buffer_size = self.n_steps  # which it makes room for when it is reset
         return super().collect_rollouts(env, callback, rollout_buffer, self.n_steps)
 
     def _has_enough(self, finished: np.ndarray) -> bool:
@@ -189,18 +188,21 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
         :raises NonFiniteError: if a loss or a parameter is NaN or infinite afterwards
         """
         with self._updates():
-            samples = self._samples()
-            discounts = self._discounts().to(samples.returns) if self.gamma_t_weight else None
-            columns = samples.observations, samples.actions, samples.advantages, samples.returns
-            self._run(self._update, Episodes(*columns, discounts))
+            episodes = self._episodes()
+            self._run(self._update, episodes)
             self._n_updates += 1
-        self.logger.record("train/samples", samples.size)
+        self.logger.record("train/samples", len(episodes.returns))
 
-    def _discounts(self) -> th.Tensor:
-        """``(B,)`` gamma^t of the rollout's samples."""
+    def _episodes(self) -> Episodes:
+        """The rollout."""
+        samples = self._samples()
+        columns = samples.observations, samples.actions, samples.advantages, samples.returns
+        if not self.gamma_t_weight:
+            return Episodes(*columns, None)
         starts = th.from_numpy(self.rollout_buffer.episode_starts[: self._rollout_length])
         discounts = episode_discounts(starts, self.gamma).T
-        return discounts.flatten() if self._kept is None else discounts[th.from_numpy(self._kept.T)]
+        kept = slice(None) if self._kept is None else th.from_numpy(self._kept.T)
+        return Episodes(*columns, discounts[kept].flatten().to(samples.returns))
 
     def _update(self, batch: Episodes) -> dict[str, th.Tensor]:
         values, log_prob, entropy = self._evaluate(batch, value=self.use_baseline)

@@ -1,55 +1,53 @@
 """Natural gradients against dense matrices, second derivatives, numpy, and sb3_contrib's TRPO; in float64."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import copy
+from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import sb3_contrib.common.utils
 import torch as th
+from environments import BOX, CONTINUOUS, RandomEnv
 from gymnasium import spaces
 from sb3_contrib import TRPO
-from stable_baselines3.common.distributions import Distribution, StateDependentNoiseDistribution, kl_divergence
+from stable_baselines3.common.distributions import kl_divergence as sb3_kl
+from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
-from torch.distributions import Bernoulli, Categorical, Independent, Normal
-from torch.distributions import Distribution as TorchDistribution
+from torch.distributions import Normal
 from torch.distributions import kl_divergence as torch_kl
 
 from sb3_ac_ext.functional.natural_gradient import (
-    Tensors,
     backtracking_line_search,
     bernoulli_fisher,
     categorical_fisher,
     conjugate_gradient,
     fisher_product,
     flatten,
-    gaussian_fisher,
     natural_step,
     trust_region_scale,
     unflatten,
 )
-from sb3_ac_ext.legacy.action_distributions import Categoricals, Parameters
-from sb3_ac_ext.legacy.fused_mlp import FusedMLP
-
-SIZES = (2, 3)
-"""Of the categorical distributions of a MultiDiscrete policy."""
+from sb3_ac_ext.networks.actor_critic import describe, kl_divergence, policy_parameters, statistics
 
 A = th.tensor([[4.0, 1.0], [1.0, 3.0]], dtype=th.float64)
 B = th.tensor([1.0, 2.0], dtype=th.float64)
 
 
 def exact(actual: th.Tensor, expected: th.Tensor | list[float], tolerance: float = 1e-8) -> None:
-    expected = th.as_tensor(expected, dtype=actual.dtype)
-    th.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+    th.testing.assert_close(actual, th.as_tensor(expected, dtype=actual.dtype), rtol=0, atol=tolerance)
 
 
-def positive_definite(size: int, condition: float, seed: int = 0) -> tuple[th.Tensor, th.Tensor]:
+def positive_definite(size: int, condition: float) -> tuple[th.Tensor, th.Tensor]:
     """A matrix with eigenvalues from 1 down to 1 / condition, and a right-hand side."""
-    generator = th.Generator().manual_seed(seed)
+    generator = th.Generator().manual_seed(0)
     basis, _ = th.linalg.qr(th.randn(size, size, generator=generator, dtype=th.float64))
     eigenvalues = th.logspace(0, -np.log10(condition), size, dtype=th.float64)
     return (basis * eigenvalues) @ basis.t(), th.randn(size, generator=generator, dtype=th.float64)
+
+
+def columns(product: Callable[[th.Tensor], th.Tensor], size: int) -> th.Tensor:
+    return th.stack([product(unit) for unit in th.eye(size, dtype=th.float64)], dim=1)
 
 
 # Conjugate gradients
@@ -57,13 +55,10 @@ def positive_definite(size: int, condition: float, seed: int = 0) -> tuple[th.Te
 
 def test_two_iterations_solve_two_equations() -> None:
     """The first goes 1/4 along b."""
-    x, product = conjugate_gradient(A.mv, B, max_iter=1)
-    exact(x, [0.25, 0.5])
-    exact(product, A @ x)
-    x, product = conjugate_gradient(A.mv, B, max_iter=2)
-    exact(x, [0.0909090909, 0.6363636364])
-    exact(product, B)
-    exact(conjugate_gradient(A.mv, B, max_iter=0)[0], [0, 0])
+    for iterations, expected in enumerate(([0, 0], [0.25, 0.5], [0.0909090909, 0.6363636364])):
+        x, product = conjugate_gradient(A.mv, B, max_iter=iterations)
+        exact(x, expected)
+        exact(product, A @ x)
 
 
 def test_solution_is_numpys() -> None:
@@ -86,34 +81,21 @@ def test_few_iterations_on_an_ill_conditioned_matrix_are_a_truncated_solve() -> 
 @pytest.mark.parametrize(("max_iter", "residual_tol"), [(5, 1e-10), (15, 1e-10), (60, 1e-10), (60, 0.1)])
 def test_equals_sb3_contribs_solver_from_zero(max_iter: int, residual_tol: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """sb3_contrib starts from a random vector; without it both stop at the same iteration and the same result."""
-    monkeypatch.setattr(th, "randn_like", th.zeros_like)
     matrix, b = positive_definite(30, condition=30)
-    theirs = sb3_contrib.common.utils.conjugate_gradient_solver(matrix.mv, b, max_iter, residual_tol)
-    exact(conjugate_gradient(matrix.mv, b, max_iter, residual_tol)[0], theirs, 1e-12)
-
-
-def test_no_random_number_is_drawn() -> None:
     state = th.get_rng_state()
-    conjugate_gradient(A.mv, B)
+    ours, _ = conjugate_gradient(matrix.mv, b, max_iter, residual_tol)
     assert th.equal(state, th.get_rng_state())
+    monkeypatch.setattr(th, "randn_like", th.zeros_like)
+    exact(ours, sb3_contrib.common.utils.conjugate_gradient_solver(matrix.mv, b, max_iter, residual_tol), 1e-12)
 
 
 def test_stays_at_the_first_result_whose_residual_is_small_enough() -> None:
     """The residual's square is 5 at the start, 0.3125 after one iteration."""
-    exact(conjugate_gradient(A.mv, B, residual_tol=5.1)[0], [0, 0])
-    exact(conjugate_gradient(A.mv, B, residual_tol=5.0)[0], [0, 0])
-    exact(conjugate_gradient(A.mv, B, residual_tol=4.9)[0], [0.25, 0.5])
-    exact(conjugate_gradient(A.mv, B, residual_tol=0.32)[0], [0.25, 0.5])
-    exact(conjugate_gradient(A.mv, B, residual_tol=0.31)[0], [0.0909090909, 0.6363636364])
+    one, two = [0.25, 0.5], [0.0909090909, 0.6363636364]
+    for tolerance, expected in ((5.1, [0, 0]), (5.0, [0, 0]), (4.9, one), (0.32, one), (0.31, two)):
+        exact(conjugate_gradient(A.mv, B, residual_tol=tolerance)[0], expected)
     # nothing is divided by a residual of 0, however many iterations follow
-    exact(conjugate_gradient(A.mv, B, max_iter=50, residual_tol=0)[0], [0.0909090909, 0.6363636364])
-
-
-def test_no_gradient_no_step() -> None:
-    for damping in (0.0, 0.1):
-        step, improvement, kl = natural_step(A.mv, th.zeros_like(B), delta=0.01, damping=damping)
-        exact(step, [0, 0], 0)
-        assert improvement == 0 and kl == 0
+    exact(conjugate_gradient(A.mv, B, max_iter=50, residual_tol=0)[0], two)
 
 
 def test_stops_where_the_matrix_is_not_positive_definite() -> None:
@@ -171,246 +153,158 @@ def test_step_promises_what_the_quadratic_model_gives(damping: float) -> None:
     assert (kl < 0.0199) == (damping > 0)  # the damping's share is not spent on the policy
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_no_gradient_no_step(damping: float) -> None:
+    step, improvement, kl = natural_step(A.mv, th.zeros_like(B), delta=0.01, damping=damping)
+    exact(step, [0, 0], 0)
+    assert improvement == 0 and kl == 0
+
+
 def test_step_that_is_not_finite_is_none() -> None:
-    gradient = th.tensor([1.0, th.nan], dtype=th.float64)
-    step, improvement, _ = natural_step(A.mv, gradient, delta=0.01, damping=0.1)
+    step, improvement, _ = natural_step(A.mv, th.tensor([1.0, th.nan], dtype=th.float64), delta=0.01, damping=0.1)
     exact(step, [0, 0], 0)
     assert not improvement > 0  # a line search refuses it
+    for size in (1e100, th.inf, th.nan):  # the solution for 1e100 is more than a number can be
+        step, _, _ = natural_step(lambda v: 1e-300 * v, th.full((3,), size, dtype=th.float64), delta=0.01, damping=0.0)
+        exact(step, th.zeros(3), 0)
 
 
-# Fisher matrices of the distributions
+# Policies: divergences and Fisher matrices
 
-
-def hessian_of_kl(distribution: Callable[[th.Tensor], TorchDistribution], at: th.Tensor, old_first: bool) -> th.Tensor:
-    def divergence(x: th.Tensor) -> th.Tensor:
-        pair = distribution(at), distribution(x)
-        return torch_kl(*(pair if old_first else pair[::-1])).sum()
-
-    return th.autograd.functional.hessian(divergence, at)
-
-
-LOGITS = th.tensor([[0.3, -1.2, 2.0, 0.1, -0.4]], dtype=th.float64)
-
-
-def several_categoricals(logits: th.Tensor) -> list[Categorical]:
-    return [Categorical(logits=part) for part in logits.split(SIZES, dim=1)]
-
-
-@pytest.mark.parametrize("old_first", [True, False], ids=["KL(old, new)", "KL(new, old)"])
-def test_products_with_the_fisher_matrix_of_each_distribution(old_first: bool) -> None:
-    """The Hessian of either KL divergence, column by column, is the product with the unit vectors."""
-    unit = th.eye(5, dtype=th.float64)
-    probs = LOGITS.softmax(dim=1)
-
-    def hessian(distribution: Callable[[th.Tensor], TorchDistribution], at: th.Tensor = LOGITS[0]) -> th.Tensor:
-        return hessian_of_kl(distribution, at, old_first)
-
-    exact(categorical_fisher(unit, probs.expand(5, 5)), hessian(lambda x: Categorical(logits=x)), 1e-12)
-    exact(categorical_fisher(unit, probs.expand(5, 5)), probs.diag_embed()[0] - probs.t() @ probs, 1e-12)
-    exact(bernoulli_fisher(unit, LOGITS.sigmoid()), hessian(lambda x: Independent(Bernoulli(logits=x), 1)), 1e-12)
-
-    parts = th.cat([distribution.probs for distribution in several_categoricals(LOGITS)], dim=1)
-    blocks = [hessian_of_kl(lambda x: Categorical(logits=x), part, old_first) for part in LOGITS[0].split(SIZES)]
-    several = Categoricals(SIZES).fisher(Parameters(parts.log().expand(5, 5)), Parameters(unit))
-    exact(several.outputs, th.block_diag(*blocks), 1e-12)
-
-    log_std = th.tensor([-0.7, 0.4], dtype=th.float64)
-    statistics = th.cat([LOGITS[0, :2], log_std])
-    dense = hessian(lambda x: Independent(Normal(x[:2], x[2:].exp()), 1), statistics)
-    columns = gaussian_fisher(th.eye(4, dtype=th.float64)[:, :2], th.eye(4, dtype=th.float64)[:, 2:], log_std)
-    exact(th.cat(columns, dim=1), dense, 1e-12)
-    exact(dense, th.diag(th.cat([(-2 * log_std).exp(), th.full((2,), 2.0, dtype=th.float64)])), 1e-12)
-
-
-@pytest.mark.parametrize("size", [1e100, th.inf, th.nan])
-def test_no_step_where_the_direction_is_not_finite(size: float) -> None:
-    """With a curvature of 1e-300 the solution for 1e100 is more than a number can be."""
-    step, _, _ = natural_step(lambda v: 1e-300 * v, th.full((3,), size, dtype=th.float64), delta=0.01, damping=0.0)
-    exact(step, th.zeros(3), 0)
-
-
-# Fisher matrices of policies
-
-Head = Callable[[th.Tensor], th.Tensor]
-
-
-def mlp(activation: type[nn.Module], outputs: int) -> nn.Sequential:
-    th.manual_seed(1)
-    net = nn.Sequential(nn.Linear(3, 5), activation(), nn.Linear(5, 4), activation(), nn.Linear(4, outputs)).double()
-    for parameter in net.parameters():
-        nn.init.normal_(parameter, std=0.8)
-    return net
-
-
-OBSERVATIONS = th.randn(7, 3, generator=th.Generator().manual_seed(5), dtype=th.float64)
-
-POLICIES: dict[str, tuple[int, Callable[[th.Tensor], list[TorchDistribution]], Callable[[th.Tensor], Head]]] = {
-    "Gaussian": (
-        2,
-        lambda out: [Independent(Normal(out, 0.6), 1)],
-        lambda out: lambda t: gaussian_fisher(t, t, th.full((2,), np.log(0.6), dtype=th.float64))[0],
-    ),
-    "categorical": (
-        3,
-        lambda out: [Categorical(logits=out)],
-        lambda out: lambda t: categorical_fisher(t, out.softmax(dim=1)),
-    ),
-    "several categoricals": (
-        5,
-        several_categoricals,
-        lambda out: lambda t: Categoricals(SIZES).fisher(Parameters(out), Parameters(t)).outputs,
-    ),
-    "Bernoulli": (
-        2,
-        lambda out: [Independent(Bernoulli(logits=out), 1)],
-        lambda out: lambda t: bernoulli_fisher(t, out.sigmoid()),
-    ),
+HEADS: dict[str, tuple[spaces.Space, dict[str, Any]]] = {
+    "box": (CONTINUOUS, {}),
+    "discrete": (spaces.Discrete(3), {}),
+    "several": (spaces.MultiDiscrete([2, 3]), {}),
+    "coins": (spaces.MultiBinary(3), {}),
+    "gSDE": (CONTINUOUS, {"use_sde": True}),
+    "gSDE narrow": (CONTINUOUS, {"use_sde": True, "full_std": False}),
 }
+every_head = pytest.mark.parametrize("head", HEADS)
+OBSERVATIONS = th.randn(7, 4, generator=th.Generator().manual_seed(5), dtype=th.float64)
 
 
-def columns(product: Callable[[th.Tensor], th.Tensor], size: int) -> th.Tensor:
-    return th.stack([product(unit) for unit in th.eye(size, dtype=th.float64)], dim=1)
+def policy(head: str, activation: type[nn.Module] = nn.Tanh) -> ActorCriticPolicy:
+    """With parameters that are nowhere special."""
+    actions, kwargs = HEADS[head]
+    th.manual_seed(1)
+    made = ActorCriticPolicy(BOX, actions, lambda _: 1e-3, net_arch=[4, 3], activation_fn=activation, **kwargs).double()
+    for parameter in made.parameters():
+        parameter.data.add_(0.4 * th.randn_like(parameter))
+    if made.use_sde:
+        made.reset_noise()  # in the policy's type
+    return made
 
 
-def second_derivatives(kl: th.Tensor, parameters: list[nn.Parameter]) -> th.Tensor:
-    gradient = flatten(th.autograd.grad(kl, parameters, create_graph=True))
-    return th.stack([flatten(th.autograd.grad(g, parameters, retain_graph=True, materialize_grads=True)) for g in gradient])
+def parts(made: ActorCriticPolicy) -> list[Any]:
+    """PyTorch's distributions, whose values stay when the policy moves."""
+    own = made.get_distribution(OBSERVATIONS).distribution
+    return own if isinstance(own, list) else [own]
 
 
-@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
-@pytest.mark.parametrize("name", POLICIES)
-def test_product_for_an_mlp_is_the_dense_fisher_matrix(name: str, activation: type[nn.Module]) -> None:
-    """Against mean_s J^T F_d J, and against the second derivatives of both KL divergences at the old policy."""
-    outputs, distributions, head_at = POLICIES[name]
-    net = mlp(activation, outputs)
-    parameters = list(net.parameters())
-    size = sum(parameter.numel() for parameter in parameters)
-    head = head_at(net(OBSERVATIONS).detach())
-    fisher = columns(fisher_product([net(OBSERVATIONS)], parameters, lambda moved: [head(*moved)]), size)
-
-    old = distributions(net(OBSERVATIONS).detach())
-    new = distributions(net(OBSERVATIONS))
-    for pairs in (zip(old, new, strict=True), zip(new, old, strict=True)):
-        kl = sum(torch_kl(*pair) for pair in pairs).mean()
-        exact(fisher, second_derivatives(kl, parameters), 1e-10)
-
-    rows = net(OBSERVATIONS)
-    jacobians = th.stack(
-        [
-            th.stack([flatten(th.autograd.grad(y, parameters, retain_graph=True, materialize_grads=True)) for y in row])
-            for row in rows
-        ]
-    )  # (B, D, P)
-    blocks = columns(lambda v: head(v.expand(len(rows), -1)).flatten(), outputs).view(len(rows), outputs, outputs)
-    exact(fisher, th.einsum("bdp,bde,beq->pq", jacobians, blocks, jacobians) / len(rows), 1e-10)
-    exact(fisher, fisher.t(), 1e-12)
-    assert th.linalg.eigvalsh(fisher).min() > -1e-12
+def pytorchs_kl(first: list[Any], second: list[Any]) -> th.Tensor:
+    """``(B,)``"""
+    return sum(torch_kl(*pair).reshape(len(OBSERVATIONS), -1).sum(1) for pair in zip(first, second, strict=True))
 
 
+def detached(distributions: list[Any]) -> list[Any]:
+    return [
+        Normal(own.loc.detach(), own.scale.detach()) if isinstance(own, Normal) else type(own)(logits=own.logits.detach())
+        for own in distributions
+    ]
+
+
+def derivative(of: th.Tensor, by: list[nn.Parameter], create_graph: bool = False) -> th.Tensor:
+    return flatten(th.autograd.grad(of, by, materialize_grads=True, retain_graph=True, create_graph=create_graph))
+
+
+def second_derivatives(of: th.Tensor, by: list[nn.Parameter]) -> th.Tensor:
+    return th.stack([derivative(one, by) for one in derivative(of, by, create_graph=True)])
+
+
+@pytest.mark.usefixtures("double_precision")
+@every_head
+@pytest.mark.parametrize(
+    ("activation", "frozen"),
+    [(nn.Tanh, ()), (nn.ReLU, ()), (nn.ELU, ("log_std", "action_net.bias", "mlp_extractor.policy_net.0.weight"))],
+    ids=["tanh", "relu", "some frozen"],
+)
+def test_products_are_with_the_hessian_of_either_divergence(
+    head: str, activation: type[nn.Module], frozen: tuple[str, ...]
+) -> None:
+    made = policy(head, activation)
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    free = [parameter for parameter in policy_parameters(made) if parameter.requires_grad]
+    own = [*free, *made.value_net.parameters()]  # on which nothing depends
+    size = sum(parameter.numel() for parameter in own)
+    product = fisher_product(statistics(made.get_distribution(OBSERVATIONS)), own)
+    fisher = columns(product, size)
+    old, new = detached(parts(made)), parts(made)
+    largest = fisher.abs().max().item()
+    for pair in ((old, new), (new, old)):
+        exact(fisher, second_derivatives(pytorchs_kl(*pair).mean(), own), 1e-11 * largest)
+    exact(fisher, fisher.t(), 1e-14 * largest)
+    assert th.linalg.eigvalsh(fisher).min() > -1e-14 * largest
+    if head == "box" and not frozen:
+        exact(fisher[:2, :2], 2 * th.eye(2), 1e-12)  # of the log std
+
+
+@pytest.mark.usefixtures("double_precision")
 def test_fisher_matrix_is_the_covariance_of_the_score() -> None:
     """Its definition, exact for a categorical policy: the mean over states and actions of grad log pi grad log pi^T."""
-    outputs, _, head_at = POLICIES["categorical"]
-    net = mlp(nn.Tanh, outputs)
-    parameters = list(net.parameters())
-    log_probs = net(OBSERVATIONS).log_softmax(dim=1)
-    expected: th.Tensor | float = 0.0
-    for log_prob in log_probs.flatten():
-        score = flatten(th.autograd.grad(log_prob, parameters, retain_graph=True))
+    made = policy("discrete")
+    own = policy_parameters(made)
+    expected: Any = 0
+    for log_prob in parts(made)[0].logits.flatten():
+        score = derivative(log_prob, own)
         expected = expected + log_prob.detach().exp() * score.outer(score) / len(OBSERVATIONS)
-    head = head_at(net(OBSERVATIONS).detach())
-    product = fisher_product([net(OBSERVATIONS)], parameters, lambda moved: [head(*moved)])
-    fisher = columns(product, len(score))
-    exact(fisher, expected, 1e-10)
+    exact(columns(fisher_product(statistics(made.get_distribution(OBSERVATIONS)), own), len(score)), expected, 1e-10)
 
 
-@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
-def test_product_for_a_fused_network_is_that_for_its_layers(activation: type[nn.Module]) -> None:
-    net = mlp(activation, 3)
-    fused = FusedMLP(*net)
-    assert fused.obstacle is None
-    parameters = list(net.parameters())
-    vector = th.randn(sum(parameter.numel() for parameter in parameters), dtype=th.float64)
-    ours, expected = (fisher_product([n(OBSERVATIONS)], parameters, lambda moved: moved)(vector) for n in (fused, net))
-    exact(ours, expected, 1e-12)
+def test_products_by_hand() -> None:
+    """diag(p) - p p^T, and diag(p (1 - p))."""
+    probs, unit = th.tensor([0.2, 0.3, 0.5], dtype=th.float64), th.eye(3, dtype=th.float64)
+    exact(categorical_fisher(unit, probs.expand(3, 3)), probs.diag() - probs.outer(probs), 1e-15)
+    exact(bernoulli_fisher(unit, probs), th.tensor([0.16, 0.21, 0.25]).diag(), 1e-7)
 
 
+@pytest.mark.usefixtures("double_precision")
+@every_head
+def test_divergences_are_pytorchs(head: str) -> None:
+    made = policy(head)
+    with th.no_grad():
+        described, old = describe(made.get_distribution(OBSERVATIONS)).clone(), detached(parts(made))
+        for parameter in policy_parameters(made):
+            parameter.add_(0.3)
+        new = parts(made)
+        pairs = pytorchs_kl(old, new), pytorchs_kl(new, old)
+        for reverse, expected in enumerate(pairs):
+            exact(kl_divergence(described, made.get_distribution(OBSERVATIONS), reverse=bool(reverse)), expected, 1e-10)
+    assert not th.allclose(*pairs)
+
+
+@pytest.mark.usefixtures("double_precision")
 def test_arguments_are_left_alone() -> None:
-    net = mlp(nn.Tanh, 3)
-    parameters = list(net.parameters())
-    vector = th.ones(sum(parameter.numel() for parameter in parameters), dtype=th.float64)
-    before = flatten(parameters).clone()
-    product = fisher_product([net(OBSERVATIONS)], parameters, lambda moved: moved)
+    made = policy("box")
+    own = policy_parameters(made)
+    before = flatten(own).clone()
+    vector = th.ones_like(before)
+    product = fisher_product(statistics(made.get_distribution(OBSERVATIONS)), own)
     with th.no_grad():
         first = product(vector)
         exact(product(vector), first, 0)  # the graph is kept
         exact(product(2 * vector), 2 * first, 1e-12)
     conjugate_gradient(A.mv, B)
     assert not first.requires_grad
-    assert all(parameter.grad is None for parameter in parameters)
-    exact(flatten(parameters), before, 0)
+    assert all(parameter.grad is None for parameter in own)
+    exact(flatten(own), before, 0)
     exact(vector, th.ones_like(vector), 0)
     exact(B, [1, 2], 0)
 
 
-@pytest.mark.parametrize("of_the_state", [False, True], ids=["log std a parameter", "log std of the state"])
-def test_product_for_a_gaussian_whose_spread_is_learned(of_the_state: bool) -> None:
-    """Dense, against the second derivatives of both divergences; with a parameter, its block is 2 I."""
-    net, noise = mlp(nn.Tanh, 2), nn.Parameter(th.tensor([-0.7, 0.2], dtype=th.float64))
-    parameters = [*net.parameters(), noise]
-    mean = net(OBSERVATIONS)
-    # of the state as in generalised state-dependent exploration: squared features weigh the variances
-    log_std = 0.5 * (mean.detach() ** 2 @ (2 * noise).exp().diag()).log() if of_the_state else noise.expand_as(mean)
-    size = sum(parameter.numel() for parameter in parameters)
-    product = fisher_product([mean, log_std], parameters, lambda moved: gaussian_fisher(*moved, log_std.detach()))
-    fisher = columns(product, size)
-
-    old, new = (Independent(Normal(m, s.exp()), 1) for m, s in ((mean.detach(), log_std.detach()), (mean, log_std)))
-    for pair in ((old, new), (new, old)):
-        exact(fisher, second_derivatives(torch_kl(*pair).mean(), parameters), 1e-10)
-    if not of_the_state:
-        exact(fisher[-2:, -2:], 2 * th.eye(2, dtype=th.float64), 1e-12)
-        exact(fisher[:-2, -2:], th.zeros(size - 2, 2), 0)
-
-
-@pytest.mark.parametrize("name", ["Gaussian", "categorical"])
-def test_a_small_step_moves_the_policy_as_far_as_predicted(name: str) -> None:
-    outputs, distributions, head_at = POLICIES[name]
-    net = mlp(nn.Tanh, outputs)
-    parameters = list(net.parameters())
-    old = distributions(net(OBSERVATIONS).detach())[0]
-    head = head_at(net(OBSERVATIONS).detach())
-    product = fisher_product([net(OBSERVATIONS)], parameters, lambda moved: [head(*moved)])
-    weights = th.randn(len(OBSERVATIONS), outputs, generator=th.Generator().manual_seed(2), dtype=th.float64)
-    gradient = flatten(th.autograd.grad((net(OBSERVATIONS) * weights).mean(), parameters))
-    delta = 1e-4
-    step, improvement, kl = natural_step(product, gradient, delta, damping=0.1)
-    before = (net(OBSERVATIONS) * weights).mean().item()
-    with th.no_grad():
-        for parameter, part in zip(parameters, unflatten(step, parameters), strict=True):
-            parameter.add_(part)
-        moved = net(OBSERVATIONS)
-    assert 0 < kl < delta
-    assert torch_kl(old, distributions(moved)[0]).mean().item() == pytest.approx(kl.item(), rel=0.2)
-    assert (moved * weights).mean().item() - before == pytest.approx(improvement.item(), rel=0.2)
-
-
-# sb3_contrib's TRPO
-
-
-class Spaces(gym.Env):
-    """An environment that is only there for its spaces."""
-
-    def __init__(self, action_space: spaces.Space) -> None:
-        self.observation_space, self.action_space = spaces.Box(-np.ones(3), np.ones(3), dtype=np.float64), action_space
-
-
-def statistics_of(distribution: Distribution) -> list[th.Tensor]:
-    inner = distribution.distribution
-    return [inner.mean, inner.stddev.log()] if isinstance(inner, Normal) else [inner.logits]
-
-
-@pytest.mark.parametrize("kind", ["Gaussian", "gSDE", "categorical"])
-def test_direction_is_that_of_sb3_contribs_trpo(kind: str, double_precision: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("double_precision")
+@pytest.mark.parametrize("head", ["box", "gSDE", "discrete"])
+def test_direction_is_that_of_sb3_contribs_trpo(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     Products and conjugate gradients on the same policy, states, actions and advantages.
 
@@ -418,36 +312,26 @@ def test_direction_is_that_of_sb3_contribs_trpo(kind: str, double_precision: Non
     damping were so many times as large.
     """
     monkeypatch.setattr(th, "randn_like", th.zeros_like)  # its solver starts there
-    action_space = spaces.Discrete(3) if kind == "categorical" else spaces.Box(-1, 1, (2,))
-    trpo = TRPO("MlpPolicy", Spaces(action_space), use_sde=kind == "gSDE", seed=3, device="cpu", cg_damping=0.05)
-    policy = trpo.policy.double()
-    observations = th.randn(40, 3, generator=th.Generator().manual_seed(4), dtype=th.float64)
-    advantages = th.randn(40, generator=th.Generator().manual_seed(6), dtype=th.float64)
-    if kind == "gSDE":
-        assert isinstance(policy.action_dist, StateDependentNoiseDistribution)
-        policy.log_std.data.fill_(-0.5)
-        policy.reset_noise()
+    actions, kwargs = HEADS[head]
+    trpo = TRPO("MlpPolicy", RandomEnv(BOX, actions), seed=3, device="cpu", cg_damping=0.05, **kwargs)
+    made = trpo.policy.double()
+    if made.use_sde:
+        made.reset_noise()
     with th.no_grad():
-        old = copy(policy.get_distribution(observations))  # as it does itself
-        actions = old.get_actions()
-        old_log_prob = old.log_prob(actions)
-    distribution = policy.get_distribution(observations)
-    objective = (advantages * (distribution.log_prob(actions) - old_log_prob).exp()).mean()
-    divergence = kl_divergence(distribution, old).mean()
-    actor, gradient, grad_kl, _ = trpo._compute_actor_grad(divergence, objective)
+        old = copy(made.get_distribution(OBSERVATIONS))  # as it does itself
+        chosen = old.get_actions()
+        old_log_prob = old.log_prob(chosen)
+    distribution = made.get_distribution(OBSERVATIONS)
+    advantages = th.randn(len(OBSERVATIONS), generator=th.Generator().manual_seed(6), dtype=th.float64)
+    objective = (advantages * (distribution.log_prob(chosen) - old_log_prob).exp()).mean()
+    actor, gradient, grad_kl, _ = trpo._compute_actor_grad(sb3_kl(distribution, old).mean(), objective)
 
     def theirs(v: th.Tensor) -> th.Tensor:
         return trpo.hessian_vector_product(actor, grad_kl, v).detach()
 
-    def head(moved: Tensors) -> Sequence[th.Tensor]:
-        old_statistics = statistics_of(old)
-        if kind == "categorical":
-            return [categorical_fisher(*moved, old_statistics[0].softmax(dim=1))]
-        return gaussian_fisher(*moved, old_statistics[1])
-
-    ours = fisher_product(statistics_of(policy.get_distribution(observations)), actor, head)
+    ours = fisher_product(statistics(made.get_distribution(OBSERVATIONS)), actor)
     probe = th.randn(gradient.shape, generator=th.Generator().manual_seed(7), dtype=th.float64)
-    dimensions = 1 if kind == "categorical" else 2
+    dimensions = 1 if head == "discrete" else 2
     exact(ours(probe) / dimensions + 0.05 * probe, theirs(probe), 1e-10)
     expected = sb3_contrib.common.utils.conjugate_gradient_solver(theirs, gradient, max_iter=15)
     expected = expected * (2 * 0.01 / (expected @ theirs(expected))).sqrt()
@@ -464,12 +348,11 @@ def search(
     """Its result, and the scales it tried."""
     tried: list[float] = []
 
-    def evaluate(scale: float) -> tuple[th.Tensor, th.Tensor]:
+    def evaluate(scale: float) -> tuple[float, float]:
         tried.append(scale)
-        return th.tensor(kls[len(tried) - 1]), th.tensor(gains[len(tried) - 1])
+        return kls[len(tried) - 1], gains[len(tried) - 1]
 
-    found = backtracking_line_search(evaluate, th.tensor(expected), 0.5, 0.5, max_iter=len(kls), **options)
-    return (found.scale, found.kl.item(), found.improvement.item()), tried
+    return backtracking_line_search(evaluate, expected, 0.5, 0.5, max_iter=len(kls), **options), tried
 
 
 @pytest.mark.parametrize(
@@ -485,7 +368,7 @@ def search(
 )
 def test_first_step_inside_the_region_that_improves(kls: list[float], gains: list[float], accepted: int) -> None:
     found, tried = search(kls, gains)
-    assert found == pytest.approx((0.5**accepted, kls[accepted], gains[accepted]))
+    assert found == (0.5**accepted, kls[accepted], gains[accepted])
     assert tried == [0.5**j for j in range(accepted + 1)]
 
 
@@ -493,9 +376,7 @@ def test_first_step_inside_the_region_that_improves(kls: list[float], gains: lis
     ("kls", "gains"), [([0.6, 0.6], [1.0, 1.0]), ([0.1, 0.1], [-1.0, -0.1]), ([th.nan] * 2, [th.nan] * 2)]
 )
 def test_no_step_where_none_is_good(kls: list[float], gains: list[float]) -> None:
-    found, tried = search(kls, gains)
-    assert found == (0, 0, 0)
-    assert tried == [1, 0.5]
+    assert search(kls, gains) == ((0, 0, 0), [1, 0.5])
 
 
 def test_share_of_the_expected_improvement_that_a_step_must_keep() -> None:
@@ -509,7 +390,7 @@ def test_share_of_the_expected_improvement_that_a_step_must_keep() -> None:
 
 def test_line_search_without_steps_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_iter must be >= 1, got 0"):
-        backtracking_line_search(lambda scale: (th.zeros(()), th.ones(())), 1.0, 0.5, max_iter=0)
+        backtracking_line_search(lambda scale: (0.0, 1.0), 1.0, 0.5, max_iter=0)
 
 
 # Flat vectors
@@ -519,8 +400,8 @@ def test_flat_vectors_keep_order_and_shapes() -> None:
     tensors = [th.arange(6.0).view(2, 3), th.tensor(6.0), th.arange(7.0, 9.0).view(1, 2).t()]
     flat = flatten(tensors)
     assert flat.tolist() == list(range(9))
-    parts = unflatten(flat, tensors)
-    assert all(th.equal(part, tensor) for part, tensor in zip(parts, tensors, strict=True))
-    assert parts[0].data_ptr() == flat.data_ptr()
+    views = unflatten(flat, tensors)
+    assert all(th.equal(view, tensor) for view, tensor in zip(views, tensors, strict=True))
+    assert views[0].data_ptr() == flat.data_ptr()
     with pytest.raises(RuntimeError):
         unflatten(flat[:-1], tensors)

@@ -1,6 +1,7 @@
 """Reinforce: returns of whole episodes, the gradient by enumeration, the same share of every environment, the baseline."""
 
 import itertools
+import resource
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -8,37 +9,34 @@ import numpy as np
 import pytest
 import torch as th
 from batches import flat
-from environments import BOX, CONTINUOUS, IMAGE, RandomEnv, ScriptedEnv
+from environments import BOX, CONTINUOUS, RandomEnv, ScriptedEnv
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
+from models import environment, small_model
+from rollout_data import InDouble, rollout, trained
 from stable_baselines3 import A2C
-from stable_baselines3.common.buffers import RolloutBuffer, RolloutBufferSamples
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
-from sb3_ac_ext import Reinforce
+from sb3_ac_ext import PPOX, Reinforce
+from sb3_ac_ext.networks.actor_critic import policy_parameters, value_parameters
 from sb3_ac_ext.reinforce import time_limit
 from sb3_ac_ext.validation import NonFiniteError
 
 SMALL: dict[str, Any] = {"net_arch": [8, 8]}
-SGD = {"optimizer_class": th.optim.SGD}
+SGD: dict[str, Any] = {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {}}
 G = [5.23, 4.7, 3.0]
 """Returns of the rewards 1, 2, 3 with gamma 0.9."""
 
-either_engine = pytest.mark.parametrize("engine", [True, False], ids=["engine on", "engine off"])
-
 
 def make(env: Any = None, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
-    own = {"policy_kwargs": SMALL, "seed": 0, "rollout_episodes": 2, "max_rollout_steps": 20}
-    model = Reinforce(policy, env or ScriptedEnv(), **{**own, **kwargs})
-    model.set_logger(Logger(None, []))
-    return model
+    own = {"rollout_episodes": 2, "max_rollout_steps": 20, "policy_kwargs": SMALL}
+    return small_model(Reinforce, env=env or ScriptedEnv(), policy=policy, **{**own, **kwargs})
 
 
-def scripted(*lengths: int, **kwargs: Any) -> DummyVecEnv:
-    return DummyVecEnv([lambda length=length: ScriptedEnv(length, **kwargs) for length in lengths])
+def scripted(*lengths: int) -> DummyVecEnv:
+    return DummyVecEnv([lambda length=length: ScriptedEnv(length) for length in lengths])
 
 
 def with_value(model: Any, value: float) -> Any:
@@ -57,54 +55,40 @@ def collected(model: Any) -> Any:
 
 
 def weights(model: Any) -> np.ndarray:
-    model._begin_updates()
-    return np.asarray(model._weights(model._samples()))
+    """What log pi(a|s) is weighted with."""
+    return model._weights(model._episodes()).numpy()
 
 
 # Returns
 
 
-@either_engine
 @pytest.mark.parametrize("truncates", [False, True], ids=["terminates", "truncates"])
-def test_returns_are_the_sums_to_the_end_of_each_episode(truncates: bool, engine: bool) -> None:
+def test_returns_are_the_sums_to_the_end_of_each_episode(truncates: bool) -> None:
     """Truncated ones too, and whatever the value network says."""
-    model = collected(with_value(make(ScriptedEnv(truncates=truncates), gamma=0.9, engine=engine), 7.0))
+    model = collected(with_value(make(ScriptedEnv(truncates=truncates), gamma=0.9), 7.0))
     samples = model._samples()
     np.testing.assert_allclose(samples.returns, G * 2, rtol=1e-6)
     np.testing.assert_allclose(samples.advantages, np.array(G * 2) - 7, rtol=1e-5)
     assert model.num_timesteps == 6
 
 
-@either_engine
-def test_truncated_episodes_end_with_the_baselines_value_if_asked_for(engine: bool) -> None:
-    kwargs = {"gamma": 0.9, "bootstrap_truncated": True, "engine": engine}
-    truncated, terminated = (collected(with_value(make(ScriptedEnv(truncates=t), **kwargs), 4.0)) for t in (True, False))
-    np.testing.assert_allclose(terminated._samples().returns, G * 2, rtol=1e-6)
-    last = 3 + 0.9 * 4
-    expected = [1 + 0.9 * (2 + 0.9 * last), 2 + 0.9 * last, last]
-    np.testing.assert_allclose(truncated._samples().returns, expected * 2, rtol=1e-6)
-
-
-def test_truncated_episodes_bootstrap_at_their_own_last_observation() -> None:
-    """Which is (3, action); the next episode begins at (0, 0)."""
-    model = make(ScriptedEnv(truncates=True), gamma=0.9, bootstrap_truncated=True, policy_kwargs={"net_arch": []})
-    model.policy.value_net.weight.data[:] = th.tensor([[2.0, 0.0]])
-    model.policy.value_net.bias.data.zero_()
-    assert collected(model)._samples().returns[2] == pytest.approx(3 + 0.9 * 2 * 3)
+def test_truncated_episodes_end_with_the_baselines_value_if_asked_for() -> None:
+    """Of their own last observation, which is (3, action); the next episode begins at (0, 0)."""
+    for truncates, last in ((False, 3.0), (True, 3 + 0.9 * 2 * 3)):
+        model = make(ScriptedEnv(truncates=truncates), gamma=0.9, bootstrap_truncated=True, policy_kwargs={"net_arch": []})
+        model.policy.value_net.weight.data[:] = th.tensor([[2.0, 0.0]])
+        model.policy.value_net.bias.data.zero_()
+        expected = [1 + 0.9 * (2 + 0.9 * last), 2 + 0.9 * last, last]
+        np.testing.assert_allclose(collected(model)._samples().returns, expected * 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("use_baseline", [True, False])
 def test_weights_of_the_log_probabilities(use_baseline: bool) -> None:
-    model = with_value(make(gamma=0.9, use_baseline=use_baseline), 7.0)
+    model = collected(with_value(make(gamma=0.9, use_baseline=use_baseline), 7.0))
     expected = np.array(G * 2) - (7 if use_baseline else 0)
-    np.testing.assert_allclose(weights(collected(model)), expected, rtol=1e-5)
+    np.testing.assert_allclose(weights(model), expected, rtol=1e-5)
     model.gamma_t_weight = True
     np.testing.assert_allclose(weights(model), expected * [1, 0.9, 0.81, 1, 0.9, 0.81], rtol=1e-5)
-
-
-def test_discounted_weights_by_hand() -> None:
-    model = collected(make(scripted(3, 3), gamma=0.9, use_baseline=False, gamma_t_weight=True))
-    np.testing.assert_allclose(weights(model), [5.23, 4.23, 2.43] * 2, rtol=1e-6)
 
 
 def test_standardised_over_the_update_before_the_discount() -> None:
@@ -129,7 +113,7 @@ def test_a_single_sample_is_not_standardised() -> None:
 
 def test_every_environment_gives_the_same_number_of_episodes() -> None:
     """Three episodes of 3 steps fit into the two of 5; the third of them, and what was begun of a fourth, are not used."""
-    model = collected(make(scripted(3, 5), rollout_episodes=4, gamma=0.9))
+    model = collected(make(scripted(3, 5), rollout_episodes=4, gamma=0.9, gamma_t_weight=True))
     assert model._rollout_length == 10
     assert model.num_timesteps == 20
     np.testing.assert_array_equal(model._kept, np.stack([np.arange(10) < 6, np.full(10, True)], axis=1))
@@ -137,18 +121,11 @@ def test_every_environment_gives_the_same_number_of_episodes() -> None:
     returns = model._samples().returns
     np.testing.assert_allclose(returns[:6], G * 2, rtol=1e-6)
     np.testing.assert_allclose(returns[[6, 11]], long * 2, rtol=1e-6)
-    assert len(returns) == 16
+    np.testing.assert_allclose(model._episodes().discounts, 0.9 ** np.array([0, 1, 2] * 2 + [0, 1, 2, 3, 4] * 2), rtol=1e-6)
     np.testing.assert_array_equal(model._last_episode_starts, [False, True])
     model.learn(1, reset_num_timesteps=False)  # all start anew
     np.testing.assert_array_equal(model.rollout_buffer.observations[0, :, 0], [0, 0])
     assert len(model._samples().returns) == 16
-
-
-@pytest.mark.parametrize(("episodes", "share"), [(1, 1), (2, 1), (3, 2), (4, 2)])
-def test_episodes_are_rounded_up_to_a_share_each(episodes: int, share: int) -> None:
-    model = collected(make(scripted(3, 3), rollout_episodes=episodes))
-    assert model._rollout_length == 3 * share
-    assert model._kept.all()
 
 
 def test_one_environment_goes_on_without_a_reset() -> None:
@@ -177,6 +154,41 @@ def test_what_does_not_fit_is_left_out() -> None:
     assert model._kept[:, 0].tolist() == [True, True, True, False, False]
     with pytest.raises(ValueError, match=r"no episode ended within max_rollout_steps=2 steps .*raise max_rollout_steps"):
         make(max_rollout_steps=2).learn(10)
+
+
+def test_number_and_room_of_episodes_may_change() -> None:
+    """A multiple of the number of environments, in more steps than the model was made for, and in fewer."""
+    model = make(DummyVecEnv([lambda: TimeLimit(ScriptedEnv(), 9)] * 2), max_rollout_steps=7, rollout_episodes=1)
+    for episodes, steps, length in ((1, 7, 3), (2, 7, 3), (3, 7, 6), (16, 30, 24), (16, None, 24), (4, 7, 6), (8, 7, 7)):
+        model.rollout_episodes, model.max_rollout_steps = episodes, steps
+        model.learn(1, reset_num_timesteps=False)
+        assert (model._rollout_length, model._kept.sum()) == (length, 2 * (length // 3 * 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gamma", 0.5),
+        ("ent_coef", 1.0),
+        ("use_baseline", False),
+        ("baseline_learning_rate", 0.1),
+        ("bootstrap_truncated", True),
+        ("gamma_t_weight", True),
+        ("normalize_advantage", True),
+        ("max_grad_norm", 1e-3),
+        ("learning_rate", 0.5),
+    ],
+)
+def test_an_argument_that_is_set_later_is_the_constructors(name: str, value: Any) -> None:
+    env, kwargs = ScriptedEnv(truncates=True), {"policy_kwargs": {**SMALL, **SGD}}
+    live, made, other = make(env, **kwargs), make(env, **kwargs, **{name: value}), make(env, **kwargs)
+    setattr(live, name, value)
+    live._setup_lr_schedule()  # which SB3 asks for where the rate is changed
+    for model in (live, made, other):
+        th.manual_seed(0)
+        model.learn(1)
+    th.testing.assert_close(flat(live.policy), flat(made.policy), rtol=0, atol=0)
+    assert not th.equal(flat(other.policy), flat(made.policy))
 
 
 # The gradient
@@ -209,6 +221,9 @@ class Chain(gym.Env):
         return 1.0 + 2 * state * action - 0.5 * t + 0.25 * action
 
 
+EPISODES = [*itertools.product((0, 1), repeat=Chain.horizon)]
+
+
 def objective(logits: th.Tensor, gamma: float, discounted: bool) -> th.Tensor:
     """
     J by enumeration, from the table of logits ``(3, 2)``.
@@ -217,7 +232,7 @@ def objective(logits: th.Tensor, gamma: float, discounted: bool) -> th.Tensor:
     """
     total = th.zeros((), dtype=logits.dtype)
     log_pi = logits.log_softmax(dim=1)
-    for actions in itertools.product((0, 1), repeat=Chain.horizon):
+    for actions in EPISODES:
         state, log_probs, rewards = 0, [], []
         for t, action in enumerate(actions):
             log_probs.append(log_pi[state, action])
@@ -235,8 +250,8 @@ def objective(logits: th.Tensor, gamma: float, discounted: bool) -> th.Tensor:
 
 def forced(model: Any, actions: tuple[int, ...]) -> Any:
     """The model after one update from the episode with these actions."""
-    queue = iter(actions)
-    model._actor_critic().act = lambda obs: np.array([next(queue)])
+    queue, forward = iter(actions), model._forward
+    model._forward = lambda obs: (np.array([next(queue)]), *forward(obs)[1:])
     model.learn(len(actions))
     assert next(queue, None) is None
     return model
@@ -248,7 +263,7 @@ TABLE = th.tensor([[0.3, -0.2], [0.1, 0.4], [-0.5, 0.2]], dtype=th.float64)
 def expected_step(**kwargs: Any) -> th.Tensor:
     """Mean change of the table of logits by one update with rate 1, over all episodes with their probabilities."""
     mean = th.zeros(3, 2, dtype=th.float64)
-    for actions in itertools.product((0, 1), repeat=Chain.horizon):
+    for actions in EPISODES:
         own = {"policy_kwargs": {"net_arch": [], **SGD}, "rollout_episodes": 1, "gamma": 0.8, "learning_rate": 1.0}
         model = with_value(make(Chain(), **{**own, **kwargs}), 5.0)
         weight = model.policy.action_net.weight
@@ -262,14 +277,13 @@ def expected_step(**kwargs: Any) -> th.Tensor:
     return mean
 
 
-@either_engine
 @pytest.mark.parametrize("use_baseline", [True, False], ids=["baseline", "no baseline"])
 @pytest.mark.parametrize("discounted", [True, False], ids=["gamma^t", "plain"])
-def test_expected_step_is_the_gradient(use_baseline: bool, discounted: bool, engine: bool) -> None:
+def test_expected_step_is_the_gradient(use_baseline: bool, discounted: bool) -> None:
     """The mean over the steps of an episode, so a third of the sum; the baseline does not matter."""
     logits = TABLE.clone().requires_grad_()
     objective(logits, 0.8, discounted).backward()
-    step = expected_step(use_baseline=use_baseline, gamma_t_weight=discounted, engine=engine)
+    step = expected_step(use_baseline=use_baseline, gamma_t_weight=discounted)
     th.testing.assert_close(Chain.horizon * step, logits.grad, rtol=0, atol=2e-6)
 
 
@@ -309,91 +323,62 @@ def test_bandit(baseline: Any, variance: float | None) -> None:
 # Equal to SB3's A2C on a whole episode
 
 
-class InDouble(RolloutBuffer):
-    """SB3's buffer without its cast of actions to float32."""
-
-    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> RolloutBufferSamples:
-        columns = (self.values, self.log_probs, self.advantages, self.returns)
-        rows = (self.observations, self.actions.astype(np.float64), *(column.reshape(-1) for column in columns))
-        return RolloutBufferSamples(*(th.as_tensor(row[batch_inds]) for row in rows))
-
-
-def fill(model: Any, seed: int) -> None:
-    """A rollout of random numbers in float64."""
-    model.policy.double()
-    buffer, numbers = model.rollout_buffer, np.random.default_rng(seed)
-    length, n_envs = 12, 2
-    buffer.reset()
-    buffer.observations = numbers.normal(size=(length, n_envs, *model.observation_space.shape))
-    space = model.action_space
-    sizes = space.nvec if isinstance(space, spaces.MultiDiscrete) else getattr(space, "n", None)
-    if isinstance(space, spaces.Box):
-        buffer.actions = numbers.normal(size=(length, n_envs, int(np.prod(space.shape))))
-    else:
-        buffer.actions = numbers.integers(sizes, size=(length, n_envs, np.size(sizes))).astype(np.float64)
-    for name in ("values", "log_probs", "advantages", "returns"):
-        setattr(buffer, name, 1 + numbers.normal(size=(length, n_envs)))
-    buffer.full, model._rollout_length = True, length
-
-
 CASES: dict[str, dict[str, Any]] = {
     "box": {},
-    "matrix": {"actions": spaces.Box(-1, 2, (2, 2), np.float64)},
-    "discrete": {"actions": spaces.Discrete(3)},
-    "multidiscrete": {"actions": spaces.MultiDiscrete([3, 2])},
-    "gSDE": {"use_sde": True},
+    "discrete": {"variant": "discrete"},
+    "several choices": {"variant": "several choices"},
+    "gSDE": {"variant": "gsde"},
     "unequal": {"policy_kwargs": {"net_arch": {"pi": [5], "vf": [7, 6, 5]}, "activation_fn": nn.ReLU}},
-    "SGD": {"policy_kwargs": {**SMALL, **SGD}},
+    "SGD": {"policy_kwargs": SGD},
     "standardised": {"normalize_advantage": True},
-    "images": {"observations": IMAGE, "policy": "CnnPolicy"},
+    "images": {"variant": "images"},
 }
 
 
 @pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("kwargs", CASES.values(), ids=CASES)
-@either_engine
+@pytest.mark.parametrize("engine", [True, False], ids=["engine on", "engine off"])
 def test_equals_a2c_on_whole_episodes(kwargs: dict[str, Any], engine: bool) -> None:
-    """A2C's Adam steps policy and value at once; its value's loss counts as much as ours."""
-    given = {"policy_kwargs": SMALL, "policy": "MlpPolicy", "observations": BOX, "actions": CONTINUOUS, **kwargs}
-    policy, observations, actions = (given.pop(name) for name in ("policy", "observations", "actions"))
-    given = {"ent_coef": 0.1, "learning_rate": lambda progress: 3e-3 * progress, "seed": 0, **given}
-    given["policy_kwargs"] = {**given["policy_kwargs"], "share_features_extractor": False}
-    env = make_vec_env(lambda: RandomEnv(observations, actions), n_envs=2)
-    ours = make(env, policy, engine=engine, **given)
+    """
+    A2C's Adam steps policy and value at once; its value's loss counts as much as ours.
+
+    Our policy for images has a features extractor each for policy and value, as two optimizers need.
+    """
+    env = make_vec_env(lambda: environment(Reinforce, kwargs.get("variant", "mlp")), n_envs=2)
+    given = {"env": env, "ent_coef": 0.1, "learning_rate": lambda progress: 3e-3 * progress, **kwargs}
+    ours = small_model(Reinforce, engine=engine, max_rollout_steps=12, **given)
+    given["policy_kwargs"] = {"share_features_extractor": False, **kwargs.get("policy_kwargs", {})}
     own = {"n_steps": 12, "vf_coef": 1.0, "max_grad_norm": 1e9, "use_rms_prop": False, "rollout_buffer_class": InDouble}
-    theirs = A2C(policy, env, **own, **given)
-    theirs.set_logger(Logger(None, []))
+    theirs = small_model(A2C, **own, **given)
     th.testing.assert_close(flat(ours.policy), flat(theirs.policy), rtol=0, atol=0)
+    for model in (ours, theirs):
+        model.policy.double()
     for update in range(4):
+        arrays = rollout(theirs, update)
         for model in (ours, theirs):
-            fill(model, update)
             model._current_progress_remaining = 1 - update / 10
-            model.train()
+            trained(model, arrays)
         th.testing.assert_close(flat(ours.policy), flat(theirs.policy), rtol=0, atol=1e-10)
-    moments = dict(zip(theirs.policy.parameters(), theirs.policy.optimizer.state_dict()["state"].values(), strict=False))
-    by_name = {name: moments.get(p) for name, p in theirs.policy.named_parameters()}
-    for optimizer in ours._optimizers().values():
-        for parameter, state in optimizer.state.items():
-            name = next(name for name, p in ours.policy.named_parameters() if p is parameter)
-            for key in state.keys() & {"exp_avg", "exp_avg_sq"}:
-                th.testing.assert_close(state[key], by_name[name][key], rtol=0, atol=1e-10)
+    names = {id(parameter): name for model in (ours, theirs) for name, parameter in model.policy.named_parameters()}
+    optimizers = [[ours.policy.optimizer, ours.policy.value_optimizer], [theirs.policy.optimizer]]
+    states = [{names[id(p)]: state for o in several for p, state in o.state.items()} for several in optimizers]
+    th.testing.assert_close(*states, rtol=0, atol=1e-10)
 
 
 # The baseline
 
 
-def moved(model: Any, **kwargs: Any) -> dict[str, th.Tensor]:
+def moved(model: Any) -> dict[str, th.Tensor]:
     """What one update changes in each network."""
-    groups = {"policy": model.policy.policy_parameters(), "baseline": model.policy.value_parameters()}
+    groups = {"policy": policy_parameters(model.policy), "baseline": value_parameters(model.policy)}
     before = {name: [p.detach().clone() for p in group] for name, group in groups.items()}
     model.train()
     return {n: th.cat([(p.detach() - q).flatten() for p, q in zip(groups[n], before[n], strict=True)]) for n in groups}
 
 
-@either_engine
-def test_each_network_has_its_own_rate_and_loss(engine: bool) -> None:
+def test_each_network_has_its_own_rate_and_loss() -> None:
     def step(**kwargs: Any) -> dict[str, th.Tensor]:
-        return moved(collected(make(policy_kwargs={**SMALL, **SGD}, engine=engine, **kwargs)))
+        return moved(collected(make(policy_kwargs={**SMALL, **SGD}, **kwargs)))
 
     both = step(learning_rate=0.1)
     baseline_still = step(learning_rate=0.1, baseline_learning_rate=0.0)
@@ -411,16 +396,12 @@ def test_baseline_descends_its_squared_error() -> None:
     model.train()
     errors = np.array(G * 2) - 2
     assert model.policy.value_net.bias.item() == pytest.approx(2 + 0.1 * 2 * errors.mean(), rel=1e-5)
-    logged = model.logger.name_to_value
-    assert logged["train/baseline_loss"] == pytest.approx((errors**2).mean(), rel=1e-5)
+    assert model.logger.name_to_value["train/baseline_loss"] == pytest.approx((errors**2).mean(), rel=1e-5)
 
 
 def test_without_baseline_the_value_network_stays_as_it_is() -> None:
-    model = make(use_baseline=False)
-    before = th.cat([p.detach().flatten() for p in model.policy.value_parameters()])
-    model.learn(12)
-    th.testing.assert_close(th.cat([p.detach().flatten() for p in model.policy.value_parameters()]), before, rtol=0, atol=0)
-    assert list(model._optimizers()) == ["policy"]
+    model = collected(make(use_baseline=False))
+    assert not moved(model)["baseline"].any()
     assert not {"train/baseline_loss", "train/explained_variance"} & set(model.logger.name_to_value)
 
 
@@ -434,19 +415,12 @@ def test_gradients_are_clipped_by_network() -> None:
 
 
 def test_logged_quantities() -> None:
-    model = make(scripted(3, 5), rollout_episodes=4)
-    model.learn(1)
+    model = make(scripted(3, 5), rollout_episodes=4).learn(1)
     logged = model.logger.name_to_value
     assert logged["train/samples"] == 16
     assert logged["train/n_updates"] == 1
     losses = {"policy_loss", "baseline_loss", "entropy_loss", "explained_variance", "policy_grad_norm", "baseline_grad_norm"}
     assert {f"train/{name}" for name in losses} <= set(logged)
-
-
-def test_own_names_of_sb3s_policies() -> None:
-    """The policy for images has separate features, as two optimizers need."""
-    model = make(RandomEnv(IMAGE, CONTINUOUS), "CnnPolicy")
-    assert model.policy.pi_features_extractor is not model.policy.vf_features_extractor
 
 
 def test_a_falling_rate_ends_at_zero_where_an_episode_goes_beyond_the_training() -> None:
@@ -458,9 +432,31 @@ def test_a_falling_rate_ends_at_zero_where_an_episode_goes_beyond_the_training()
 
 
 @pytest.mark.parametrize(("network", "layer"), [("policy", "action_net"), ("baseline", "value_net")])
-@either_engine
-def test_a_network_that_becomes_nan_is_named(network: str, layer: str, engine: bool) -> None:
-    model = collected(make(engine=engine))
+def test_a_network_that_becomes_nan_is_named(network: str, layer: str) -> None:
+    model = collected(make())
     getattr(model.policy, layer).bias.data[0] = float("inf")
     with pytest.raises(NonFiniteError, match=rf"Reinforce: the (parameters|loss) of the {network} became non-finite"):
         model.train()
+
+
+# Episodes of any length
+
+
+def resident() -> float:
+    """Memory of the process, in MiB."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+@pytest.mark.parametrize("cls", [Reinforce, PPOX])
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size", "ignore:rollout='episodes' waits")
+def test_memory_does_not_grow_with_rollouts_of_any_size(cls: type) -> None:
+    own = {"max_rollout_steps": 1} if cls is Reinforce else {"rollout": "episodes", "batch_size": 2000, "n_epochs": 1}
+    model = small_model(cls, policy_kwargs={"net_arch": [64, 64]}, **own)
+    numbers, sizes = np.random.default_rng(0), []
+    for _ in range(260):
+        model.rollout_buffer.buffer_size = int(numbers.integers(2, 2000))
+        trained(model)
+        sizes.append(resident())
+    assert sizes[-1] - max(sizes[:60]) < 10, sizes[::20]
+    assert model._engine.memory() < 2**20

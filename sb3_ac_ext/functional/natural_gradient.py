@@ -150,9 +150,7 @@ def bernoulli_fisher(tangent: th.Tensor, probs: th.Tensor) -> th.Tensor:
     return probs * (1 - probs) * tangent
 
 
-def fisher_product(
-    statistics: Sequence[Statistic], parameters: Sequence[th.Tensor]
-) -> Callable[[th.Tensor], th.Tensor]:
+def fisher_product(statistics: Sequence[Statistic], parameters: Sequence[th.Tensor]) -> Callable[[th.Tensor], th.Tensor]:
     """
     Makes v -> F v for a policy from what it has computed for a batch of states.
 
