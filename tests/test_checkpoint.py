@@ -142,6 +142,16 @@ OWN_EXTRAS: dict[str, dict[str, Any]] = {
         "max_grad_norm": {"policy": 0.5},
         "use_sde": True,
     },
+    "trpox": {
+        "kl_direction": "old_new",
+        "kl_reduction": "sum",
+        "fvp_subsample": 2,
+        "sub_sampling_factor": 2,
+        "accept_ratio": 0.1,
+        "ent_coef": 0.01,
+        "use_sde": True,
+        "sde_sample_freq": 2,
+    },
     "ac": {
         "actor_trace_lambda": 0.5,
         "critic_trace_lambda": 0.9,
