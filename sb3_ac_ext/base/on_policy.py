@@ -51,6 +51,8 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
     rollout_buffer: RolloutBuffer
     max_grad_norm: float | dict[str, float] | None  # type: ignore[assignment]  # SB3 has one for all
     _kept: np.ndarray | None
+    _buffer_discounts: tuple[float, float]
+    """What the buffer was told of gamma and lambda."""
 
     def __init__(
         self,
@@ -78,6 +80,7 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
             self.rollout_buffer_class = None
         with translated_assertions(self):
             super()._setup_model()
+        self._buffer_discounts = float(self.gamma), float(self.gae_lambda)
         self._make_optimizers()
         self._setup_engine()
 
@@ -121,6 +124,7 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         if whole_episodes and self.drop_unfinished_episodes and not np.all(self._last_episode_starts):
             self._last_obs, self._last_episode_starts = env.reset(), np.ones(env.num_envs, dtype=bool)  # type: ignore[assignment]
         self._set_training_mode(False)
+        rollout_buffer.buffer_size = n_rollout_steps  # which it makes room for
         rollout_buffer.reset()
         if self.use_sde:
             self._reset_noise()
@@ -215,6 +219,9 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
 
     def _estimate(self, buffer: RolloutBuffer, last_values: th.Tensor, dones: np.ndarray) -> None:
         """Advantages and returns of the rollout, by the buffer itself where it is of another class than SB3's."""
+        discounts = float(self.gamma), float(self.gae_lambda)
+        if discounts != self._buffer_discounts:  # set on the model since
+            buffer.gamma, buffer.gae_lambda = self._buffer_discounts = discounts
         if type(buffer) in AUTOMATIC_BUFFERS:
             fill_estimates(buffer, self._rollout_length, last_values.cpu().numpy().flatten(), dones)
         else:
@@ -338,7 +345,7 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_kept"]
+        return [*super()._excluded_save_params(), "_kept", "_buffer_discounts"]
 
 
 def truncated(dones: np.ndarray, infos: list[dict[str, Any]]) -> Iterator[tuple[int, Any]]:

@@ -34,6 +34,8 @@ class TrainingMixin(BaseAlgorithm):
     _acting_lock: threading.RLock
     """Of SB3's policies, whose distributions are one for all threads."""
     _schedules: dict[str, tuple[Any, FloatSchedule]]
+    _given_rate: Any
+    """What ``lr_schedule`` was made of; it may have been replaced since."""
     _flat_space: tuple[Any, bool] = (None, False)
     """An observation space, and whether it has numbers in one vector."""
 
@@ -79,7 +81,7 @@ class TrainingMixin(BaseAlgorithm):
         return schedule
 
     def _setup_lr_schedule(self) -> None:
-        self.lr_schedule = as_schedule("learning_rate", self.learning_rate)
+        self.lr_schedule, self._given_rate = as_schedule("learning_rate", self.learning_rate), self.learning_rate
 
     def _setup_engine(self) -> None:
         """Call at the end of `_setup_model`."""
@@ -106,6 +108,8 @@ class TrainingMixin(BaseAlgorithm):
         """
         if self._engine.enabled is not self.engine:
             self._make_engine()
+        if self.learning_rate != self._given_rate:
+            self._setup_lr_schedule()
         self._set_training_mode(True)
         self._engine.begin()
         self._record_rates()
@@ -222,7 +226,8 @@ class TrainingMixin(BaseAlgorithm):
     # What is left behind
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_engine", "_training_mode", "_acting_lock", "_schedules", "_flat_space"]
+        own = ["_engine", "_training_mode", "_acting_lock", "_schedules", "_given_rate", "_flat_space"]
+        return [*super()._excluded_save_params(), *own]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_engine", "_training_mode", "_acting_lock")}

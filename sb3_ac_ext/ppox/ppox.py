@@ -185,6 +185,11 @@ class PPOX(OnPolicyMixin, PPO):
         check_ppox_arguments(self)
 
     def _setup_model(self) -> None:
+        self._read_arguments()
+        super()._setup_model()
+
+    def _read_arguments(self) -> None:
+        """Schedules, and the penalty that a new start is given for; a loaded model goes on with its own."""
         for name in ("clip_range", "clip_range_vf"):
             if getattr(self, name) is not None:
                 setattr(self, name, as_schedule(name, getattr(self, name)))
@@ -211,6 +216,7 @@ class PPOX(OnPolicyMixin, PPO):
         :raises NonFiniteError: if a loss or a parameter is NaN or infinite afterwards
         """
         kls: list[th.Tensor] = []
+        self._read_arguments()
         with self._updates():
             samples = self._prepared(self._samples())
             for phase in ("policy", "value") if self.separate_phases else ("both",):
