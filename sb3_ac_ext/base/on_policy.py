@@ -10,6 +10,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
@@ -164,7 +165,8 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         """New noise for gSDE, in the memory that the noise before it has, which a recording reads."""
         noise = vars(self.policy.action_dist)
         held = {name: noise.get(name) for name in ("exploration_mat", "exploration_matrices")}
-        self.policy.reset_noise(self.n_envs)
+        with th.no_grad():
+            self.policy.reset_noise(self.n_envs)
         for name, memory in held.items():
             new = noise[name].detach()
             if memory is not None and memory.shape == new.shape and not memory.requires_grad:
@@ -294,6 +296,8 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         except NonFiniteError as error:
             self._check_observations(error)
             raise
+        if isinstance(distribution := getattr(self.policy, "action_dist", None), Distribution):
+            distribution.distribution = None  # it has a graph behind it, which cannot be copied with the policy
         self._record_explained_variance()
         if isinstance(log_std := getattr(self.policy, "log_std", None), th.Tensor):
             self.logger.record("train/std", log_std.detach().exp().mean().item())
