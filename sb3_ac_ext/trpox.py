@@ -12,7 +12,7 @@ Trust region policy optimisation (Schulman et al. 2015, arXiv:1502.05477).
         value: descend mean (V(s) - R)^2
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -181,6 +181,8 @@ class TRPOX(OnPolicyMixin, TRPO):
     def _values_layers(self) -> list[nn.Parameter]:
         """What the distribution of actions does not depend on of layers that are not divided as SB3's."""
         layers = [parameter for parameter in self.policy.mlp_extractor.parameters() if parameter.requires_grad]
+        if not layers:
+            return []
         self.policy.set_training_mode(False)
         obs = obs_as_tensor(create_empty_array(self.observation_space, 1, np.zeros), self.device)  # type: ignore[arg-type]  # of arrays
         parts = [part.sum() for part, _ in statistics(self.policy.get_distribution(obs)) if part.requires_grad]
@@ -303,8 +305,7 @@ class TRPOX(OnPolicyMixin, TRPO):
 
 
 @th.no_grad()
-def _assign(parameters: Iterable[nn.Parameter], values: th.Tensor) -> None:
+def _assign(parameters: Sequence[nn.Parameter], values: th.Tensor) -> None:
     """Give parameters the numbers of a vector, in the memory where they are."""
-    parameters = list(parameters)
     for parameter, part in zip(parameters, unflatten(values, parameters), strict=True):
         parameter.copy_(part)
