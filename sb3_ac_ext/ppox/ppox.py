@@ -194,9 +194,8 @@ class PPOX(OnPolicyMixin, PPO):
             if getattr(self, name) is not None:
                 setattr(self, name, as_schedule(name, getattr(self, name)))
         start = KL_COEF if self.kl_coef is None else self.kl_coef
-        if getattr(self, "_kl_coef_start", None) != start:  # a loaded model goes on with its own
+        if getattr(self, "_kl_coef_start", None) != start:
             self._kl_coef_start = self._kl_coef = start
-        super()._setup_model()
 
     def _make_optimizers(self) -> None:
         if self.separate_phases:
