@@ -180,7 +180,7 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         outputs = self._engine.evaluate(self._sample_actions, (obs,)) if self.engine and self.device.type == "cpu" else None
         if outputs is not None:
             return outputs["actions"], th.from_numpy(outputs["values"]), th.from_numpy(outputs["log_prob"])
-        with th.no_grad():
+        with self._acting_lock, th.no_grad():
             actions, values, log_prob = self.policy(obs_as_tensor(obs, self.device))
         return actions.cpu().numpy(), values, log_prob
 
