@@ -425,6 +425,22 @@ def changed(name: str | None, rate: float, engine: bool) -> th.Tensor:
 
 
 @either_engine
+def test_layers_that_are_replaced_are_trained(engine: bool) -> None:
+    """Once their parameters are in the optimizer's group, as SB3 wants it."""
+    model = make(BOX, CONTINUOUS, engine=engine).learn(18)
+    for name, key in (("policy", "action_net"), ("value", "value_net")):
+        old, new = getattr(model.policy, key), copy.deepcopy(getattr(model.policy, key))
+        setattr(model.policy, key, new)
+        pairs = dict(zip(old.parameters(), new.parameters(), strict=True))
+        group = optimizers(model)[name].param_groups[0]
+        group["params"] = [pairs.get(parameter, parameter) for parameter in group["params"]]
+    before = {name: p.detach().clone() for name, p in model.policy.named_parameters()}
+    model.learn(18, reset_num_timesteps=False)
+    assert not [name for name, p in model.policy.named_parameters() if th.equal(p, before[name])]
+    assert "momentum" in model.policy.optimizer.state[model.policy.action_net.weight]
+
+
+@either_engine
 def test_another_optimizer_in_place_of_kfac(engine: bool) -> None:
     model = make(engine=engine).learn(18)
     model.policy.optimizer = th.optim.SGD(model.policy.optimizer.param_groups[0]["params"], lr=0.1)

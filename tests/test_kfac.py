@@ -456,7 +456,6 @@ def test_cold_steps_are_plain_gradient_steps_within_the_trust_region() -> None:
     gradient = th.cat([parameter.grad.flatten() for parameter in net.parameters()])
     assert th.cosine_similarity(before - flat(net), gradient, dim=0) < 0.99
     assert optimizer.measures["damping"].item() == 1e-2
-    th.testing.assert_close(optimizer.measures["grad_norm"], gradient.norm())
     ratios = [kfac.trace_ratio(a, s) for a, s in factors(optimizer)]
     th.testing.assert_close(optimizer.measures["trace_ratio"], sum(ratios) / 2)
 

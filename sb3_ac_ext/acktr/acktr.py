@@ -38,7 +38,7 @@ VALUE_MAX_KL = 0.01
 
 
 class Rollout(NamedTuple):
-    """The fields of `Samples` that an update reads, and the largest steps."""
+    """The fields of `Samples` that an update reads."""
 
     observations: Any
     actions: th.Tensor
@@ -46,8 +46,6 @@ class Rollout(NamedTuple):
     returns: th.Tensor
     described: Any
     """``(B, K)`` pi(.|s) before the step, see `describe`; None as long as it is not known."""
-    rates: dict[str, th.Tensor]
-    """``()`` eta_max of each network, by its name."""
 
 
 class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
@@ -156,8 +154,7 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
 
     def _make_optimizers(self) -> None:
         policy: Any = self.policy
-        log_std = getattr(policy, "log_std", None)
-        log_std = log_std if isinstance(log_std, nn.Parameter) else None
+        log_std = log_std_of(policy)
         networks = separate_networks(policy, log_std)
         rate = self.lr_schedule(1)
         if networks is None:
@@ -181,15 +178,10 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
             networks["policy"].rate *= self._step_scale
         if hasattr(policy, "value_optimizer"):
             networks["value"] = self._network("value", policy, policy.value_optimizer, rate=self.value_learning_rate)
-        for name, network in networks.items():
-            if isinstance(network.optimizer, KFAC):
-                network.optimizer.param_groups[0].update(self._options(name))
+        for name, optimizer in kfacs(networks).items():
+            optimizer.param_groups[0].update(self._options(name))
+            optimizer.look_for_layers({"policy": policy}, log_std_of(policy))
         return networks
-
-    def _kfacs(self) -> dict[str, KFAC]:
-        """The networks' optimizers, but for those that somebody has put in their place."""
-        optimizers = {name: network.optimizer for name, network in self._engine.networks.items()}
-        return {name: optimizer for name, optimizer in optimizers.items() if isinstance(optimizer, KFAC)}
 
     def train(self) -> None:
         """
@@ -200,22 +192,18 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
         with self._updates() as engine:
             samples = self._samples()
             columns = samples.observations, samples.actions, samples.advantages, samples.returns
-            rates = {name: th.as_tensor(network.rate, dtype=th.float64) for name, network in engine.networks.items()}
-            batch = Rollout(*columns, described=None, rates={name: rate.to(self.device) for name, rate in rates.items()})
+            batch = Rollout(*columns, described=None)
             outputs = self._run(self._gradients, batch)
-            cold = [self._prepare(name, optimizer, outputs) for name, optimizer in self._kfacs().items()]
+            cold = []
+            for name, optimizer in kfacs(engine.networks).items():
+                prefix = f"{name} "
+                optimizer.average({key.removeprefix(prefix): outputs[key] for key in outputs if key.startswith(prefix)})
+                cold.append(optimizer.begin_step())
             outputs = self._run(self._step, batch._replace(described=outputs["described"]), *cold)
             self._n_updates += 1
             if self.kl_target is not None:
                 self.logger.record("train/step_scale", self._step_scale)
                 self._step_scale = adapted_step_scale(self._step_scale, outputs["kl"].item(), self.kl_target)
-
-    @staticmethod
-    def _prepare(name: str, optimizer: KFAC, outputs: Mapping[str, th.Tensor]) -> bool:
-        """What is done between the gradients and the step; returns whether it is a cold one."""
-        prefix = f"{name} "
-        optimizer.average({key.removeprefix(prefix): outputs[key] for key in outputs if key.startswith(prefix)})
-        return optimizer.begin_step()
 
     def _gradients(self, batch: Rollout) -> dict[str, th.Tensor]:
         """Of the loss, A2C's; and the Fisher factors of the same forward pass."""
@@ -225,7 +213,7 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
         signs = 2.0 * th.randint(0, 2, values.shape, device=values.device) - 1
         log_likelihood = log_prob + self.vf_fisher_coef**0.5 * signs * values
         outputs: dict[str, th.Tensor] = {}
-        for name, optimizer in self._kfacs().items():
+        for name, optimizer in kfacs(self._engine.networks).items():
             factors = optimizer.factors(log_likelihood, calls)
             outputs |= {f"{name} {key}": value for key, value in factors.items()}
 
@@ -234,22 +222,20 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
         value_loss = squared_error(values, batch.returns).mean()
         entropy_loss = -entropy.mean()
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
-        self._engine.differentiate(loss, *batch.rates)
+        self._engine.differentiate(loss, *self._engine.networks)
         with th.no_grad():
             outputs["described"] = describe(self.policy.get_distribution(batch.observations))
         return {**outputs, "policy_loss": policy_loss, "value_loss": value_loss, "entropy_loss": entropy_loss}
 
     def _step(self, batch: Rollout, *cold: bool) -> dict[str, th.Tensor]:
         """Of the parameters, and how far the policy has moved."""
-        outputs: dict[str, th.Tensor] = {}
-        kfacs = self._kfacs()
-        for (name, optimizer), is_cold in zip(kfacs.items(), cold, strict=True):
-            self._engine.gradients(name)  # those that `apply` takes
-            measures = optimizer.apply(batch.rates[name], is_cold)
-            outputs |= {f"{name}_{key}": value for key, value in measures.items()}
-        for name in batch.rates:
-            if name not in kfacs:
-                self._engine.step(name)
+        for name in self._engine.networks:
+            self._engine.step(name)
+        outputs = {
+            f"{name}_{key}": value
+            for name, optimizer in kfacs(self._engine.networks).items()
+            for key, value in optimizer.measures.items()
+        }
         with th.no_grad():
             kl = kl_divergence(batch.described, self.policy.get_distribution(batch.observations)).mean()
         return {**outputs, "kl": kl}
@@ -273,6 +259,24 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()
         return [*state_dicts, *(["policy.value_optimizer"] if hasattr(self.policy, "value_optimizer") else [])], tensors
+
+
+def kfacs(networks: Mapping[str, Network]) -> dict[str, KFAC]:
+    """
+    :param networks: by name
+    :return: their optimizers, but for others that somebody has put in their place
+    """
+    optimizers = {name: network.optimizer for name, network in networks.items()}
+    return {name: optimizer for name, optimizer in optimizers.items() if isinstance(optimizer, KFAC)}
+
+
+def log_std_of(policy: Any) -> nn.Parameter | None:
+    """
+    :param policy: any
+    :return: ``(A,)`` the parameter of a Gaussian policy that belongs to no layer
+    """
+    log_std = getattr(policy, "log_std", None)
+    return log_std if isinstance(log_std, nn.Parameter) else None
 
 
 def separate_networks(policy: ActorCriticPolicy, log_std: nn.Parameter | None) -> dict[str, dict[str, nn.Module]] | None:

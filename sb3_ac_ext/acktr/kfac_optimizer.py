@@ -70,18 +70,35 @@ class KFAC(th.optim.Optimizer):
         check_options(options)
         self.blocks = blocks_of(modules, log_std)
         self.measures: dict[str, th.Tensor] = {}
-        """Of the last `step`, see `apply`."""
+        """Of the last step, ``()`` each: ``step_size`` eta; ``predicted_kl`` in nats, of what it changed; ``damping``, the
+        largest of a block; ``trace_ratio``, the mean of the layers' pi. Nothing if there were no gradients."""
+        self._cold: bool | None = None
+        """Of the step that was begun; None if none was."""
         super().__init__([p for block in self.blocks for p in block.parameters], {"lr": lr, "iterations": 0, **options})
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles; PyTorch's own leaves out what a subclass adds."""
-        return {**super().__getstate__(), "blocks": self.blocks, "measures": {}}
+        return {**super().__getstate__(), "blocks": self.blocks, "measures": {}, "_cold": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # of an earlier version, without options
             for name in OPTIONS:
                 group.setdefault(name, self.defaults[name])
+
+    def look_for_layers(self, modules: Mapping[str, nn.Module], log_std: nn.Parameter | None = None) -> None:
+        """
+        Make the blocks anew if the parameters in the groups are others than theirs, as where somebody has replaced a layer.
+
+        :param modules: with the layers, and others too
+        :param log_std: see `KFAC`
+        :raises UnsupportedError: if a layer has no factors
+        """
+        trained = [parameter for group in self.param_groups for parameter in group["params"]]
+        known = [parameter for block in self.blocks for parameter in block.parameters]
+        if [*map(id, trained)] != [*map(id, known)]:
+            own = {*map(id, trained)}
+            self.blocks = [block for block in blocks_of(modules, log_std) if id(block.parameters[0]) in own]
 
     def update_factors(self, log_likelihood: th.Tensor, calls: LayerCalls) -> None:
         """
@@ -106,7 +123,7 @@ class KFAC(th.optim.Optimizer):
         """
         layers = {i: block for i, block in enumerate(self.blocks) if isinstance(block, LayerBlock)}
         called = {i: calls.of[layer.parameters[0]] for i, layer in layers.items() if layer.parameters[0] in calls.of}
-        if not called and any(parameter.requires_grad for layer in layers.values() for parameter in layer.parameters):
+        if not calls.of and any(parameter.requires_grad for layer in layers.values() for parameter in layer.parameters):
             raise RuntimeError("K-FAC has seen no layer: run the forward pass within LayerCalls(), with gradients enabled")
         for i, of_layer in called.items():
             if any(inputs is not of_layer[0][0] for inputs, _ in of_layer):
@@ -131,11 +148,11 @@ class KFAC(th.optim.Optimizer):
         decay = self.param_groups[0]["stats_decay"]
         for key, value in factors.items():
             name, number = key.split()
-            state = self._state(self.blocks[int(number)])
+            state = self.state[self.blocks[int(number)].parameters[0]]
             state[name] = kfac.moving_average(state.get(name), value, decay)
 
     def _state(self, block: Block) -> State:
-        return self.state[block.parameters[0]]
+        return self.state.get(block.parameters[0], {})
 
     @th.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -148,26 +165,31 @@ class KFAC(th.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError(f"closure must be None, got {closure!r}")
-        self.measures = self.apply(self.param_groups[0]["lr"], cold=self.begin_step())
+        if self._cold is None:
+            self.begin_step()
+        self.step_at(self.param_groups[0]["lr"])
+        self._cold = None
 
     @th.no_grad()
     def begin_step(self) -> bool:
         """
-        What a step does besides operations on tensors: it is counted, and inverses are made where it is time to.
+        What a step does besides operations on tensors: it is counted, and inverses are made where it is time to. `step` does
+        so by itself otherwise.
 
         :return: whether it is one of the cold ones
         """
         group = self.param_groups[0]
         iteration = group["iterations"] - group["cold_iterations"]
         group["iterations"] += 1
-        if iteration < 0:
+        self._cold = iteration < 0
+        if self._cold:
             return True
         inversion = group["inversion"]
         others = {name for kind, names in INVERSES.items() if kind != inversion for name in names}
         for block in self.blocks:
             if self._lacks_factors(block):
                 continue
-            state = self._state(block)
+            state = self.state[block.parameters[0]]
             old = others.intersection(state)
             if iteration % group["inverse_update_interval"] == 0 or "damping" not in state or old:
                 for name in old:
@@ -178,53 +200,44 @@ class KFAC(th.optim.Optimizer):
         return False
 
     @th.no_grad()
-    def apply(self, lr: th.Tensor | float, cold: bool) -> dict[str, th.Tensor]:
+    def step_at(self, lr: th.Tensor | float) -> None:
         """
-        The step itself, which is operations on tensors alone.
+        The step that was begun: operations on tensors alone, which the engine can record.
 
         :param lr: ``()`` eta_max
-        :param cold: what `begin_step` returned
-        :return: ``()`` each: ``grad_norm``, the gradient's 2-norm; ``step_size`` eta; ``predicted_kl`` in nats, of what it
-            changed; ``damping``, the largest of a block; ``trace_ratio``, the mean of the layers' pi. Nothing if there are no
-            gradients
         :raises RuntimeError: if a layer has a gradient and no factors
         """
         group = self.param_groups[0]
         blocks = [block for block in self.blocks if any(parameter.grad is not None for parameter in block.parameters)]
+        self.measures = {}
         if not blocks:
-            return {}
+            return
         self._check_factors(blocks)
         gradients = [block.gradient() for block in blocks]
         states = [self._state(block) for block in blocks]
         directions = gradients
-        if not cold:
+        if not self._cold:
             triples = zip(blocks, states, gradients, strict=True)
             directions = [block.direction(state, gradient, group["inversion"]) for block, state, gradient in triples]
         direction = flatten(directions)
         damped = self._quadratic(blocks, directions) + group["damping"] * direction.dot(direction)
         eta = kfac.step_size(damped, lr, group["max_kl"])
         step = -eta * direction
-        if not cold:
+        if not self._cold:
             averages = [state["momentum"] for state in states]
             th._foreach_mul_(averages, group["momentum"])
             th._foreach_add_(averages, unflatten(step, averages))
             step = (1 - group["momentum"]) * flatten(averages)
         steps = unflatten(step, directions)
         self._move(blocks, steps)
-        gradient = flatten(gradients)
-        measures = {
-            "grad_norm": gradient.dot(gradient).sqrt(),
-            "step_size": eta,
-            "predicted_kl": 0.5 * self._quadratic(blocks, steps),
-        }
+        self.measures = {"step_size": eta, "predicted_kl": 0.5 * self._quadratic(blocks, steps)}
         for name, reduce in (("damping", th.max), ("trace_ratio", th.mean)):
             values = [state[name] for state in states if name in state]
             if values:
-                measures[name] = reduce(th.stack(values))
-        return measures
+                self.measures[name] = reduce(th.stack(values))
 
     def _lacks_factors(self, block: Block) -> bool:
-        return isinstance(block, LayerBlock) and "output_factor" not in self.state.get(block.parameters[0], {})
+        return isinstance(block, LayerBlock) and "output_factor" not in self._state(block)
 
     def _check_factors(self, blocks: Iterable[Block]) -> None:
         for block in blocks:

@@ -80,19 +80,6 @@ class Engine(Recorder):
             self._differentiated.update(names)
             steps_of_networks.recorded_differentiate(loss, [(network, self._steps_of(network)) for network in own])
 
-    def gradients(self, name: str) -> list[th.Tensor | None]:
-        """
-        What `differentiate` has left, in this function or in another one, for a step that the function does by itself.
-
-        :param name: of the network
-        :return: of each of its parameters; None for those that have none
-        """
-        network = self._network(name)
-        found = [parameter.grad for parameter in network.parameters]
-        if self._tape is not None and name not in self._differentiated:
-            self._given += zip(network.parameters, found, strict=True)
-        return found
-
     def step(self, name: str) -> None:
         """
         Clip, decay and apply the gradients of a network. Their 2-norm before that is logged as ``<name>_grad_norm``.
@@ -103,7 +90,8 @@ class Engine(Recorder):
         if self._tape is None:
             norm = steps_of_networks.step(network)
         else:
-            self.gradients(name)
+            if name not in self._differentiated:
+                self._given += [(parameter, parameter.grad) for parameter in network.parameters]
             norm = steps_of_networks.recorded_step(network, self._steps_of(network), self._tape)
         if self._norms is not None:
             self._norms[f"{name}_grad_norm"] = norm

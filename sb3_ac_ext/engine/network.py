@@ -240,6 +240,8 @@ def recorded_step(network: Network, steps: Steps, tape: Tape) -> th.Tensor:
         decay(network, [p.grad for p in network.parameters])
         if is_adam(network.optimizer):
             _fused_adam(network, steps, tape)
+        elif "step_at" in vars(type(network.optimizer)):  # what its step does with tensors, at a rate that is one
+            network.optimizer.step_at(steps.rate)  # type: ignore[attr-defined]  # see above
         elif not type(network.optimizer).__module__.startswith("torch.optim"):
             raise RefusedError(f"a {type(network.optimizer).__name__}, which may do anything in a step")
         else:
