@@ -577,7 +577,7 @@ CLIP, PHASES = {"clip_fraction", "clip_range"}, {"policy_epochs", "value_epochs"
         ({}, CLIP | {"epochs"}),
         ({"clip_range_vf": 0.2}, CLIP | {"epochs", "clip_range_vf"}),
         ({"surrogate": "penalty", "clip_range_vf": 0.2}, {"epochs", "kl", "kl_coef", "clip_range_vf"}),
-        ({"target_kl": 0.1}, CLIP | {"epochs", "stop_kl"}),
+        ({"target_kl": 0.1}, CLIP | {"epochs"}),
         ({"separate_phases": True}, CLIP | PHASES),
         ({"separate_phases": True, "value_learning_rate": 1e-3}, CLIP | PHASES | {"value_learning_rate"}),
     ],

@@ -276,21 +276,17 @@ class PPOX(OnPolicyMixin, PPO):
 
     def _descend(self, batch: Minibatch, phase: str, kls: list[th.Tensor]) -> bool:
         """One gradient step, unless the policy has moved too far already; returns whether it was taken."""
-        bound, _ = self._stop_within_epochs()
-        if phase == "value" or bound is None:
-            outputs = self._run(self._update, batch, phase)
-        else:
-            outputs = self._run(self._gradients, batch, phase)
+        bound = None if phase == "value" else self._bound_within_epochs()[0]
+        outputs = self._run(self._update if bound is None else self._gradients, batch, phase)
         if phase != "value":
             kls.append(outputs["approx_kl"])
-        if phase == "value" or bound is None:
-            return True
-        if not outputs["stop_kl"] <= bound:
-            return False
-        self._engine.run(self._step, (), phase)
+        if bound is not None:
+            if not outputs["moved"] <= bound:
+                return False
+            self._engine.run(self._step, (), phase)
         return True
 
-    def _stop_within_epochs(self) -> tuple[float | None, str]:
+    def _bound_within_epochs(self) -> tuple[float | None, str]:
         """The KL divergence of a minibatch that ends the updates, None if there is none, and how it is estimated."""
         if self.target_kl is not None:
             return 1.5 * self.target_kl, "k3"
@@ -305,28 +301,26 @@ class PPOX(OnPolicyMixin, PPO):
         self._engine.step("value" if phase == "value" else "policy")
 
     def _gradients(self, batch: Minibatch, phase: str) -> dict[str, th.Tensor]:
+        values, log_prob, entropy = self._evaluate(batch, policy=phase != "value", value=phase != "policy")
         if phase == "value":
-            value_loss = self._value_error(batch, self.policy.predict_values(batch.observations).flatten()).mean()
+            value_loss = self._value_error(batch, values).mean()
             self._engine.differentiate(value_loss, "value")
             return {"value_loss": value_loss}
-        values, log_prob, entropy = self._evaluate(batch, value=phase == "both")
         log_ratio = log_prob - batch.log_probs
         over_minibatch = self.normalize_advantage and self.normalize_advantage_over == "minibatch"
         advantages = normalized(batch.advantages) if over_minibatch else batch.advantages
         if self.surrogate == "clip":
             policy_loss = -clipped_surrogate(log_ratio, advantages, batch.clip_range).mean()  # equation 7
-            penalty: th.Tensor | float = 0.0
+            loss = policy_loss
         else:
             divergence = kl_divergence(batch.described, self.policy.get_distribution(batch.observations))
             policy_loss = -surrogate(log_ratio, advantages).mean()
-            penalty = batch.kl_coef * divergence.mean()  # equation 8
-        entropy_loss = -entropy.mean()
-        loss = policy_loss + penalty + self.ent_coef * entropy_loss
-        outputs = {"policy_gradient_loss": policy_loss, "entropy_loss": entropy_loss}
+            loss = policy_loss + batch.kl_coef * divergence.mean()  # equation 8
+        outputs = {"policy_gradient_loss": policy_loss, "entropy_loss": -entropy.mean()}
+        loss = loss + self.ent_coef * outputs["entropy_loss"]
         if phase == "both":
-            value_loss = self._value_error(batch, values).mean()
-            loss = loss + self.vf_coef * value_loss  # equation 9
-            outputs["value_loss"] = value_loss
+            outputs["value_loss"] = self._value_error(batch, values).mean()
+            loss = loss + self.vf_coef * outputs["value_loss"]  # equation 9
         self._engine.differentiate(loss, "policy")
         return {**outputs, "loss": loss, **self._measures(log_ratio, batch)}
 
@@ -340,10 +334,10 @@ class PPOX(OnPolicyMixin, PPO):
     @th.no_grad()
     def _measures(self, log_ratio: th.Tensor, batch: Minibatch) -> dict[str, th.Tensor]:
         """How far the policy has moved."""
-        bound, estimator = self._stop_within_epochs()
+        bound, estimator = self._bound_within_epochs()
         measures = {"approx_kl": kl_estimate(log_ratio, "k3")}
         if bound is not None:
-            measures["stop_kl"] = kl_estimate(log_ratio, estimator)
+            measures["moved"] = kl_estimate(log_ratio, estimator)[None]  # with a dimension, as it is not for the log
         if self.surrogate == "clip":
             measures["clip_fraction"] = ((log_ratio.exp() - 1).abs() > batch.clip_range).float().mean()
         return measures
