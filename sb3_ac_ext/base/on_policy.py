@@ -297,7 +297,7 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
             self._check_observations(error)
             raise
         if isinstance(distribution := getattr(self.policy, "action_dist", None), Distribution):
-            distribution.distribution = None  # it has a graph behind it, which cannot be copied with the policy
+            vars(distribution)["distribution"] = None  # a graph hangs on it, which cannot be copied with the policy
         self._record_explained_variance()
         if isinstance(log_std := getattr(self.policy, "log_std", None), th.Tensor):
             self.logger.record("train/std", log_std.detach().exp().mean().item())

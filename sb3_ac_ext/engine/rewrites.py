@@ -119,8 +119,8 @@ def _general(operation: Operation) -> Call:
     lasting = th.Tag.nondeterministic_seeded in function.tags or "batch_norm" in name
     if isinstance(result, th.Tensor):
         if name in DIRECT:
-            given = _without_number(operation)
-            return Call(getattr(th, name), given, {**kwargs, "out": result}, (result,), elementwise, lasting)
+            numbers = _without_number(operation)
+            return Call(getattr(th, name), numbers, {**kwargs, "out": result}, (result,), elementwise, lasting)
         variant = _variant_with_memory(function)
         if variant is not None:
             overload, argument, kept = variant
