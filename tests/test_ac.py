@@ -14,8 +14,8 @@ from batches import flat
 from environments import BOX, CONTINUOUS, DICT, IMAGE, RandomEnv, ScriptedEnv
 from gymnasium import spaces
 from models import small_model
+from rollout_data import InDouble
 from stable_baselines3 import A2C
-from stable_baselines3.common.buffers import RolloutBuffer, RolloutBufferSamples
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
@@ -73,18 +73,13 @@ class RewardsInDouble(VecEnvWrapper):
         return obs, rewards.astype(np.float64), dones, infos
 
 
-class InDouble(RolloutBuffer):
+class AllInDouble(InDouble):
     """SB3's buffer in float64."""
 
     def reset(self) -> None:
         super().reset()
-        for name in ("rewards", "returns", "values", "log_probs", "advantages"):
+        for name in ("actions", "rewards", "returns", "values", "log_probs", "advantages"):
             setattr(self, name, getattr(self, name).astype(np.float64))
-
-    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> RolloutBufferSamples:
-        columns = (self.values, self.log_probs, self.advantages, self.returns)
-        rows = (self.observations, self.actions.astype(np.float64), *(column.reshape(-1) for column in columns))
-        return RolloutBufferSamples(*(th.as_tensor(row[batch_inds]) for row in rows))
 
 
 def walks(action_space: spaces.Space, n_envs: int = 2, truncates: bool = True) -> VecEnvWrapper:
@@ -122,7 +117,7 @@ def test_equals_a2c_of_one_step_with_sgd(kwargs: dict[str, Any], engine: bool) -
     actions, n_envs = given.pop("actions"), given.pop("n_envs")
     given["policy_kwargs"] = {**given["policy_kwargs"], **SGD}
     ours = AC("MlpPolicy", walks(actions, n_envs), engine=engine, **given)
-    own = {"n_steps": 1, "max_grad_norm": 1e9, "use_rms_prop": False, "rollout_buffer_class": InDouble}
+    own = {"n_steps": 1, "max_grad_norm": 1e9, "use_rms_prop": False, "rollout_buffer_class": AllInDouble}
     theirs = A2C("MlpPolicy", walks(actions, n_envs), **own, **given)
     for model in (ours, theirs):
         model.set_logger(Logger(None, []))
@@ -145,12 +140,12 @@ def test_equals_a2c_over_many_steps(engine: bool) -> None:
     """Nothing is left over from one step to the next, and the random numbers are drawn alike."""
     given = {"learning_rate": 0.02, "gamma": 0.9, "seed": 0, "policy_kwargs": {**SMALL, **SGD}}
     ours = AC("MlpPolicy", walks(spaces.Discrete(3)), engine=engine, **given)
-    own = {"n_steps": 1, "max_grad_norm": 1e9, "use_rms_prop": False, "rollout_buffer_class": InDouble}
+    own = {"n_steps": 1, "max_grad_norm": 1e9, "use_rms_prop": False, "rollout_buffer_class": AllInDouble}
     theirs = A2C("MlpPolicy", walks(spaces.Discrete(3)), **own, **given)
     for model in (ours, theirs):
         model.policy.double()
         th.manual_seed(0)
-        model.learn(1200)
+        model.learn(1100)
     th.testing.assert_close(flat(ours.policy), flat(theirs.policy), rtol=0, atol=1e-8)
 
 
@@ -244,21 +239,6 @@ def moved(model: Any, step: Step | None = None, **kwargs: Any) -> dict[str, th.T
 VARIANTS = {"v": {}, "q": {"critic": "q"}, "deterministic": DETERMINISTIC}
 
 
-@pytest.mark.usefixtures("double_precision")
-@pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS)
-@either_engine
-def test_weight_is_the_actors_alone(kwargs: dict[str, Any], engine: bool) -> None:
-    steps = []
-    for weight in (1.0, 0.25):
-        model = make(
-            make_vec_env(lambda: RandomEnv(BOX, CONTINUOUS), 2), policy_kwargs={**SMALL, **SGD}, engine=engine, **kwargs
-        )
-        steps.append(moved(model, weight=weight))
-    assert steps[0]["actor"].norm() > 0 and steps[0]["critic"].norm() > 0
-    th.testing.assert_close(steps[1]["actor"], 0.25 * steps[0]["actor"], rtol=0, atol=1e-12)
-    th.testing.assert_close(steps[1]["critic"], steps[0]["critic"])
-
-
 def seen(model: Any, steps: int, rounds: int = 1) -> list[Step]:
     """What `_update` is given."""
     taken: list[Step] = []
@@ -281,17 +261,6 @@ def test_weights_start_anew_with_each_episode(weighted: bool) -> None:
 
 @pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS)
-def test_mean_over_environments(kwargs: dict[str, Any]) -> None:
-    kwargs = {"policy_kwargs": {**SMALL, **SGD}, **kwargs}
-    both = make(make_vec_env(lambda: RandomEnv(BOX, CONTINUOUS), 2), **kwargs)
-    step = step_for(both)._replace(continues=np.zeros(2))  # so that a' does not matter
-    alone = [moved(make(**kwargs), Step(*(column[i : i + 1] for column in step))) for i in range(2)]
-    for name, change in moved(both, step).items():
-        th.testing.assert_close(change, (alone[0][name] + alone[1][name]) / 2, rtol=0, atol=1e-12)
-
-
-@pytest.mark.usefixtures("double_precision")
-@pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS)
 def test_rates_and_bounds_of_each_network(kwargs: dict[str, Any]) -> None:
     own = {"policy_kwargs": {**SMALL, **SGD}, **kwargs}
     env = make_vec_env(lambda: RandomEnv(BOX, CONTINUOUS), 2)
@@ -307,7 +276,7 @@ def test_rates_and_bounds_of_each_network(kwargs: dict[str, Any]) -> None:
     th.testing.assert_close(bounded["actor"], 10 * free["actor"])
 
 
-# Q critics
+# As in the book
 
 
 class Copies(BaseCallback):
@@ -324,56 +293,86 @@ class Copies(BaseCallback):
         return True
 
 
-def replayed(model: Any, policy: Any, t: int, actions: np.ndarray, next_actions: np.ndarray) -> Any:
-    """The policy after the update of step t, by autograd from what the buffer holds of it."""
-    buffer = model.rollout_buffer
-    obs, rewards = th.as_tensor(buffer.observations[t]), th.as_tensor(buffer.rewards[t])
-    new_obs = th.as_tensor(buffer.observations[t + 1])
-    ended = th.as_tensor(buffer.episode_starts[t + 1])
-    chosen = th.as_tensor(actions).double()
-    chosen = chosen.long().flatten() if isinstance(model.action_space, spaces.Discrete) else chosen
-    with th.no_grad():
-        target = rewards + model.gamma * (1 - ended) * policy.action_values(new_obs, th.as_tensor(next_actions)).flatten()
-    q = policy.action_values(obs, chosen).flatten()
-    critic = th.autograd.grad(0.5 * ((q - target) ** 2).mean(), value_parameters(policy))
-    if model.deterministic_policy:
-        loss = -policy.action_values(obs, policy.action(obs)).mean()
-    else:
-        loss = -(policy.get_distribution(obs).log_prob(chosen) * q.detach()).mean()
-    actor = th.autograd.grad(loss, policy_parameters(policy))
-    with th.no_grad():
-        for parameter, gradient in zip(
-            [*value_parameters(policy), *policy_parameters(policy)], [*critic, *actor], strict=True
-        ):
-            parameter -= model.learning_rate * gradient
-    return policy
+class Book:
+    """The updates of Sutton and Barto, 13.5 and 13.6, Sarsa and Silver et al., for each environment by itself, by autograd."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.traces: list[dict[str, Any]] = [{} for _ in range(model.n_envs)]
+
+    def step(self, policy: Any, t: int) -> dict[str, th.Tensor]:
+        """Actor's and critic's parameters after step t, ``policy`` being the one before its update."""
+        model, starts = self.model, self.model.rollout_buffer.episode_starts
+        parameters = {"actor": policy_parameters(policy), "critic": value_parameters(policy)}
+        lambdas = {"actor": model.actor_trace_lambda, "critic": model.critic_trace_lambda}
+        updated = groups(policy)
+        for i, trace in enumerate(self.traces):
+            if starts[t, i]:
+                trace.update(actor=0.0, critic=0.0, I=1.0)
+            climbed, weights = self.climbed(policy, t, slice(i, i + 1), 1 - starts[t + 1, i])
+            for name, own in parameters.items():
+                gradient = th.cat([g.flatten() for g in th.autograd.grad(climbed[name], own, retain_graph=True)])
+                own_weight = trace["I"] if name == "actor" else 1.0
+                trace[name] = model.gamma * lambdas[name] * trace[name] + own_weight * gradient
+                updated[name] += model.learning_rate / model.n_envs * weights[name] * trace[name]
+            if model.ent_coef:
+                bonus = th.autograd.grad(climbed["entropy"], parameters["actor"], materialize_grads=True)
+                updated["actor"] += model.learning_rate / model.n_envs * model.ent_coef * th.cat([g.flatten() for g in bonus])
+            trace["I"] *= model.gamma if model.gamma_t_weight else 1.0
+        return updated
+
+    def climbed(self, policy: Any, t: int, i: slice, goes_on: float) -> tuple[dict[str, th.Tensor], dict[str, float]]:
+        """What actor and critic climb in an environment, and how far."""
+        buffer, gamma = self.model.rollout_buffer, self.model.gamma
+        obs, new_obs = (th.as_tensor(buffer.observations[k, i]) for k in (t, t + 1))
+        taken, next_taken = (th.as_tensor(buffer.actions[k, i]).double() for k in (t, t + 1))
+        if isinstance(self.model.action_space, spaces.Discrete):
+            taken, next_taken = taken.long().flatten(), next_taken.long().flatten()
+        if self.model.critic == "v":
+            value, next_value = policy.predict_values(obs), policy.predict_values(new_obs)
+        else:
+            value, next_value = policy.action_values(obs, taken), policy.action_values(new_obs, next_taken)
+        delta = buffer.rewards[t, i].item() + gamma * goes_on * next_value.item() - value.item()
+        if self.model.deterministic_policy:
+            best = policy.action_values(obs, policy.action(obs)).sum()
+            return {"actor": best, "critic": value.sum()}, {"actor": 1.0, "critic": delta}
+        distribution = policy.get_distribution(obs)
+        climbed = {"actor": distribution.log_prob(taken), "entropy": distribution.entropy(), "critic": value}
+        weights = {"actor": delta if self.model.critic == "v" else value.item(), "critic": delta}
+        return {name: tensor.sum() for name, tensor in climbed.items()}, weights
+
+
+TWO = spaces.Box(-1, 3, (2,), np.float64)
+BOOK: dict[str, tuple[spaces.Space, dict[str, Any]]] = {
+    "V": (spaces.Discrete(3), {"gamma_t_weight": True}),
+    "V of a box": (TWO, {"ent_coef": 0.3}),
+    "both traces": (spaces.Discrete(3), {"actor_trace_lambda": 0.5, "critic_trace_lambda": 0.8}),
+    "actor's traces": (spaces.Discrete(3), {"actor_trace_lambda": 0.9, "gamma_t_weight": True, "ent_coef": 0.3}),
+    "critic's traces": (TWO, {"critic_trace_lambda": 1.0}),
+    "Sarsa": (spaces.Discrete(3), {"critic": "q", "gamma_t_weight": True}),
+    "Sarsa of a box": (TWO, {"critic": "q", "ent_coef": 0.3}),
+    "Sarsa of coins": (spaces.MultiBinary(2), {"critic": "q"}),
+    "Sarsa with traces": (spaces.Discrete(3), {"critic": "q", "critic_trace_lambda": 0.8}),
+    "deterministic": (TWO, {**DETERMINISTIC, "gamma_t_weight": True}),
+    "deterministic with noise": (TWO, {**DETERMINISTIC, "exploration_std": 0.3}),
+}
 
 
 @pytest.mark.usefixtures("double_precision")
-@pytest.mark.parametrize(
-    ("actions", "kwargs"),
-    [
-        (spaces.Discrete(3), {}),
-        (spaces.Box(-1, 2, (2,), np.float64), {}),
-        (spaces.MultiBinary(2), {}),
-        (spaces.Box(-1, 3, (2,), np.float64), {"deterministic_policy": True}),
-        (spaces.Box(-1, 3, (2,), np.float64), {"deterministic_policy": True, "exploration_std": 0.3}),
-    ],
-    ids=["discrete", "box", "multibinary", "deterministic", "deterministic with noise"],
-)
+@pytest.mark.parametrize(("actions", "kwargs"), BOOK.values(), ids=BOOK)
 @either_engine
-def test_sarsa_step_by_step(actions: spaces.Space, kwargs: dict[str, Any], engine: bool) -> None:
-    """The target is that of the action which is taken next; actor and critic move from the same point."""
-    own = {"policy_kwargs": {**SMALL, **SGD}, "learning_rate": 0.1, "gamma": 0.9, "engine": engine, "critic": "q"}
-    model = make(walks(actions, truncates=False), **own, **kwargs)
+def test_step_by_step_as_in_the_book(actions: spaces.Space, kwargs: dict[str, Any], engine: bool) -> None:
+    """Actor and critic move from the same point; Sarsa's target is that of the action which is taken next."""
+    env = walks(actions, truncates=False)
+    env.venv.envs[1].t = 2  # its episodes end at other times
+    own = {"policy_kwargs": {**SMALL, **SGD}, "learning_rate": 0.1, "gamma": 0.9}
+    model = make(env, engine=engine, **own, **kwargs)
     model.policy.double()
-    copies = Copies(model)
-    model.learn(2 * 10, callback=copies)
-    taken = model.rollout_buffer.actions
-    assert model.rollout_buffer.episode_starts[1:10].any()
-    for t in range(9):
-        expected = replayed(model, copies.policies[t], t, taken[t], taken[t + 1])
-        th.testing.assert_close(flat(copies.policies[t + 1]), flat(expected), rtol=0, atol=1e-7)
+    copies, book = Copies(model), Book(model)
+    model.learn(2 * 12, callback=copies)
+    for t in range(11):
+        expected = book.step(copies.policies[t], t)
+        th.testing.assert_close(groups(copies.policies[t + 1]), expected, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("actions", [spaces.Discrete(1), CONTINUOUS], ids=["one action", "deterministic"])
@@ -443,7 +442,7 @@ def test_deterministic_policy_acts_as_it_says(std: float) -> None:
         np.testing.assert_allclose(difference, 0, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_deterministic_policy_learns_what_pays(seed: int) -> None:
     class Target(RandomEnv):
         def step(self, action: Any) -> Any:
@@ -452,7 +451,7 @@ def test_deterministic_policy_learns_what_pays(seed: int) -> None:
 
     env = make_vec_env(lambda: Target(BOX, spaces.Box(-1, 1, (1,), np.float32)), 8)
     rates = {"actor_learning_rate": 1e-3, "critic_learning_rate": 1e-2}
-    model = make(env, exploration_std=0.4, policy_kwargs=SMALL, seed=seed, **rates, **DETERMINISTIC).learn(8 * 1500)
+    model = make(env, exploration_std=0.4, policy_kwargs=SMALL, seed=seed, **rates, **DETERMINISTIC).learn(8 * 1000)
     actions = model.predict(np.stack([BOX.sample() for _ in range(50)]))[0]
     assert np.abs(actions - 0.5).mean() < 0.12
 
@@ -495,66 +494,6 @@ def test_q_policies_for_every_observation(policy: str, space: spaces.Space, kwar
 # Traces
 
 
-class Reference:
-    """Section 13.6 of Sutton and Barto for each environment by itself, by autograd."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.traces: list[dict[str, Any]] = [{"actor": 0.0, "critic": 0.0, "I": 1.0} for _ in range(model.n_envs)]
-
-    def step(self, policy: Any, t: int) -> dict[str, th.Tensor]:
-        """Actor's and critic's parameters after step t, ``policy`` being the one before its update."""
-        model, buffer = self.model, self.model.rollout_buffer
-        parameters = {"actor": policy_parameters(policy), "critic": value_parameters(policy)}
-        lambdas = {"actor": model.actor_trace_lambda, "critic": model.critic_trace_lambda}
-        changes = {name: th.zeros_like(th.cat([p.flatten() for p in own])) for name, own in parameters.items()}
-        for i, trace in enumerate(self.traces):
-            if buffer.episode_starts[t, i]:
-                trace.update(actor=0.0, critic=0.0, I=1.0)
-            obs, new_obs = (th.as_tensor(buffer.observations[k, i : i + 1]) for k in (t, t + 1))
-            action = th.as_tensor(buffer.actions[t, i : i + 1]).long().flatten()
-            distribution = policy.get_distribution(obs)
-            outputs = {"actor": distribution.log_prob(action).sum(), "critic": policy.predict_values(obs).sum()}
-            with th.no_grad():
-                ended = buffer.episode_starts[t + 1, i]
-                delta = buffer.rewards[t, i] + model.gamma * (1 - ended) * policy.predict_values(new_obs).item()
-                delta = delta - outputs["critic"].item()
-            entropy = policy.get_distribution(obs).entropy().sum()
-            for name, own in parameters.items():
-                gradient = th.cat([g.flatten() for g in th.autograd.grad(outputs[name], own, retain_graph=True)])
-                weight = trace["I"] if name == "actor" else 1.0
-                trace[name] = model.gamma * lambdas[name] * trace[name] + weight * gradient
-                changes[name] += delta * trace[name] / model.n_envs
-            bonus = th.cat([g.flatten() for g in th.autograd.grad(entropy, parameters["actor"])])
-            changes["actor"] += model.ent_coef * bonus / model.n_envs
-            trace["I"] *= model.gamma if model.gamma_t_weight else 1.0
-        return {n: th.cat([p.detach().flatten() for p in own]) + 0.1 * changes[n] for n, own in parameters.items()}
-
-
-@pytest.mark.usefixtures("double_precision")
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"actor_trace_lambda": 0.5, "critic_trace_lambda": 0.8},
-        {"actor_trace_lambda": 0.9, "gamma_t_weight": True, "ent_coef": 0.3},
-        {"critic_trace_lambda": 1.0},
-    ],
-    ids=["both", "actor", "critic"],
-)
-@either_engine
-def test_traces_step_by_step(kwargs: dict[str, Any], engine: bool) -> None:
-    own = {"policy_kwargs": {**SMALL, **SGD}, "learning_rate": 0.1, "gamma": 0.9, "engine": engine}
-    env = walks(spaces.Discrete(3), truncates=False)
-    env.venv.envs[1].t = 2  # its episodes end at other times
-    model = make(env, **own, **kwargs)
-    model.policy.double()
-    copies, reference = Copies(model), Reference(model)
-    model.learn(2 * 12, callback=copies)
-    for t in range(11):
-        expected = reference.step(copies.policies[t], t)
-        th.testing.assert_close(groups(copies.policies[t + 1]), expected, rtol=0, atol=1e-7)
-
-
 @either_engine
 def test_traces_with_adam_and_images(engine: bool) -> None:
     """Gradients end up where Adam reads them."""
@@ -565,24 +504,6 @@ def test_traces_with_adam_and_images(engine: bool) -> None:
         assert not th.equal(after, before[name])
     adam = [make(engine=engine, **kwargs).learn(20) for kwargs in ({"actor_trace_lambda": 1e-12}, {})]
     th.testing.assert_close(flat(adam[0].policy), flat(adam[1].policy), rtol=1e-3, atol=1e-5)
-
-
-def test_traces_of_a_q_critic_are_those_of_sarsa() -> None:
-    """lambda only matters behind the first step of an episode."""
-    both = [
-        make(ScriptedEnv(3), critic="q", critic_trace_lambda=value, policy_kwargs={**SMALL, **SGD}, learning_rate=0.01)
-        for value in (1e-9, 0.9)
-    ]
-    for model in both:
-        th.manual_seed(0)
-        model.learn(1)
-    th.testing.assert_close(flat(both[0].policy), flat(both[1].policy))
-    for model in both:
-        th.manual_seed(1)
-        model.learn(1, reset_num_timesteps=False)
-    first, second = (groups(model.policy) for model in both)
-    th.testing.assert_close(first["actor"], second["actor"])
-    assert not th.allclose(first["critic"], second["critic"])
 
 
 def test_traces_are_not_in_a_zip(tmp_path: Any) -> None:
@@ -655,42 +576,12 @@ def test_the_buffer_counts_its_steps() -> None:
     assert sizes == [*((i, i) for i in range(500)), (0, 0), (1, 1)]
 
 
-def load_half(model: Any) -> None:
-    parameters = copy.deepcopy(model.get_parameters())
-    parameters["policy"] = {name: 0.5 * value for name, value in parameters["policy"].items()}
-    model.set_parameters(parameters)
-
-
-def move_the_bias(model: Any) -> None:
-    model.policy.action_net.bias.data = th.tensor([0.5, -0.5])
-
-
-def replace_a_layer(model: Any) -> None:
-    layer = copy.deepcopy(model.policy.value_net)
-    layer.weight.data *= 0.5
-    model.policy.value_net = layer
-
-
-def clip(model: Any) -> None:
-    model.max_grad_norm = {"actor": 1e-3}
-
-
 def setting(**values: Any) -> Callable[[Any], None]:
     return lambda model: vars(model).update(values)
 
 
 CHANGES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
-    "parameters": (load_half, {}),
-    "memory": (move_the_bias, {}),
-    "layer": (replace_a_layer, {}),
-    "activation": (lambda model: setattr(model.policy.mlp_extractor.policy_net, "1", nn.ReLU()), {}),
-    "frozen": (lambda model: model.policy.mlp_extractor.policy_net.requires_grad_(False), {}),
     "frozen with traces": (lambda model: model.policy.action_net.requires_grad_(False), {"actor_trace_lambda": 0.8}),
-    "hook": (lambda model: model.policy.value_net.register_forward_hook(lambda *args: 0.5 * args[-1]), {}),
-    "gradient hook": (lambda model: model.policy.action_net.weight.register_hook(lambda gradient: 3 * gradient), {}),
-    "betas": (lambda model: model.policy.optimizer.param_groups[0].update(betas=(0.1, 0.1)), {}),
-    "rate": (lambda model: setattr(model, "lr_schedule", lambda _: 0.1), {}),
-    "max_grad_norm": (clip, {}),
     "gamma": (setting(gamma=0.1), {}),
     "ent_coef": (setting(ent_coef=0.5), {}),
     "no ent_coef": (setting(ent_coef=0.0), {"ent_coef": 0.5}),
@@ -703,7 +594,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("change", "kwargs"), CHANGES.values(), ids=CHANGES)
 def test_what_a_callback_changes_acts_at_once(change: Callable[[Any], Any], kwargs: dict[str, Any]) -> None:
-    """Not in the next rollout; without the engine that is so by itself."""
+    """Not in the next rollout; without the engine that is so by itself. The contracts have what all algorithms read."""
 
     class Change(BaseCallback):
         def _on_step(self) -> bool:
@@ -793,19 +684,14 @@ class Broken(RandomEnv):
 
 @pytest.mark.parametrize("actions", [spaces.Discrete(2), spaces.Box(-1, 1, (2,), np.float32)], ids=["discrete", "box"])
 @pytest.mark.parametrize("what", ["observation", "reward"])
+@pytest.mark.parametrize("steps", [2000, 20], ids=["on the way", "at the end"])
 @either_engine
-def test_an_environment_that_gives_nan_is_named(actions: spaces.Space, what: str, engine: bool) -> None:
+def test_an_environment_that_gives_nan_is_named(actions: spaces.Space, what: str, steps: int, engine: bool) -> None:
     envs = [lambda: RandomEnv(BOX, actions), lambda: Broken(what, actions)]
     model = make(DummyVecEnv(envs), engine=engine)
     with pytest.raises(NonFiniteError, match=rf"environment 1 gave a non-finite {what}"):
-        model.learn(2000)
-    assert model.num_timesteps < 30
-
-
-@pytest.mark.parametrize("what", ["observation", "reward"])
-def test_nan_of_the_last_step_is_the_environments_too(what: str) -> None:
-    with pytest.raises(NonFiniteError, match=rf"environment 0 gave a non-finite {what}"):
-        make(Broken(what, spaces.Discrete(2))).learn(10)
+        model.learn(steps)
+    assert model.num_timesteps <= 22
 
 
 @pytest.mark.parametrize("actions", [spaces.Discrete(2), CONTINUOUS], ids=["discrete", "box"])
