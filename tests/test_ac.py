@@ -534,7 +534,7 @@ class Counter(BaseCallback):
         self.rollouts += 1
 
     def _on_step(self) -> bool:
-        names = {"new_obs", "rewards", "dones", "infos", "actions", "clipped_actions", "values", "log_probs"}
+        names = {"new_obs", "rewards", "dones", "infos", "actions", "clipped_actions", "values", "log_probs", "obs_tensor"}
         assert names <= set(self.locals)
         self.updates.append(self.model._n_updates)
         return self.n_calls != self.stop_at

@@ -7,6 +7,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ac_ext.base.environment_checks import check_rollout, locate_non_finite
@@ -55,6 +56,7 @@ class OnlineMixin(OnPolicyMixin):
         for n_steps in range(n_rollout_steps):
             if self._noise_is_due(n_steps):
                 self._reset_noise()
+            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # for callbacks, as the others
             actions = self._forward(self._last_obs)[0] if next_actions is None else next_actions
             self._check_actions(actions)
             clipped_actions = self._within_bounds(actions)
