@@ -235,7 +235,7 @@ class Guard:
         self._plain_snapshots = [snapshot for _, _, snapshot in plain]
         self._contents = [content for content in self._contents if not _compares_plainly(content[2])]
         held = [*self._tensors, *self._trained, *self._states, *tensors_of_values]
-        self._memory = [tensor for tensor in held if isinstance(tensor, th.Tensor)]
+        self._memory = list({id(tensor): tensor for tensor in held if isinstance(tensor, th.Tensor)}.values())
         self._addresses = [tensor.data_ptr() for tensor in self._memory]
         owners = [owner, *self._modules, *self._helpers, *(network.optimizer for network in networks.values())]
         self._replaced = [name for one in owners for name in _replaced_methods(one)]
@@ -293,11 +293,13 @@ class Guard:
     def _current_states(self) -> list[th.Tensor]:
         found = []
         for network in self._networks.values():
-            states = (network.optimizer.state.get(parameter, {}) for parameter in network.parameters)
-            values = [value for state in states for value in state.values()]
-            if not is_adam(network.optimizer):  # whose step is not looked into, or the function's own
-                values = [value for value in tensors(values) if self._used is None or memory(value) in self._used]
-            found += values
+            if is_adam(network.optimizer):  # without lookups: to hash a tensor takes time
+                states = network.optimizer.state
+                found += [*states, *(value for state in states.values() for value in state.values())]
+                continue
+            own = [network.optimizer.state.get(parameter, {}) for parameter in network.parameters]
+            # the step is not looked into, or the function's own
+            found += [value for value in tensors(own) if self._used is None or memory(value) in self._used]
         return found
 
     def obstacle(self) -> str | None:
