@@ -225,10 +225,6 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
         if self.use_baseline:
             super()._record_explained_variance()
 
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts, tensors = super()._get_torch_save_params()
-        return [*state_dicts, "policy.value_optimizer"], tensors
-
 
 def time_limit(env: VecEnv) -> int | None:
     """

@@ -244,9 +244,5 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
             actions = (actions + self.exploration_std * th.randn_like(actions)).clamp(-1, 1)
         return actions
 
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts, tensors = super()._get_torch_save_params()
-        return [*state_dicts, "policy.value_optimizer"], tensors
-
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_weights", "_traces"]

@@ -256,10 +256,6 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
         """
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts, tensors = super()._get_torch_save_params()
-        return [*state_dicts, *(["policy.value_optimizer"] if hasattr(self.policy, "value_optimizer") else [])], tensors
-
 
 def kfacs(networks: Mapping[str, Network]) -> dict[str, KFAC]:
     """

@@ -348,6 +348,10 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         name = type(self).__name__ if tb_log_name is None else tb_log_name
         return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts, tensors = super()._get_torch_save_params()
+        return [*state_dicts, *(["policy.value_optimizer"] if hasattr(self.policy, "value_optimizer") else [])], tensors
+
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_kept", "_buffer_discounts"]
 

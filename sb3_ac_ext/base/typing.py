@@ -86,7 +86,7 @@ class ActingKwargs(CommonKwargs, total=False):
     sde_sample_freq: int
     """Steps after which gSDE draws new noise; -1 at the start of a rollout only."""
     engine: bool
-    """Whether the fast paths are taken where they apply (`engine_report()` says where); the mathematics is the same."""
+    """Whether updates and actions are recorded and replayed (`engine_report()` says which); the mathematics is the same."""
 
 
 class OnPolicyKwargs(ActingKwargs, total=False):

@@ -8,7 +8,6 @@ oneDNN is called by its own operation.
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch as th
 
@@ -30,29 +29,22 @@ def onednn_is_faster() -> bool:
     return amd and th.backends.mkldnn.is_available() and hasattr(th.ops.mkldnn, "_linear_pointwise")
 
 
-def takes_onednn(a: th.Tensor, b: th.Tensor) -> bool:
+def takes_onednn(a: th.Tensor, b: th.Tensor, rectified: bool = False) -> bool:
     """
+    Whether a product goes through oneDNN.
+
     :param a: ``(M, K)``
     :param b: ``(K, N)``
-    :return: whether their product goes through oneDNN
+    :param rectified: whether its bias and a rectifier are done with it, where thinner ones gain too
     """
-    large = min(*a.shape, b.shape[1]) >= SMALLEST_SIDE
-    return large and a.dtype is b.dtype is th.float32 and a.device.type == "cpu" and onednn_is_faster()
-
-
-def takes_onednn_with_relu(a: th.Tensor, b: th.Tensor) -> bool:
-    """
-    :param a: ``(M, K)``
-    :param b: ``(K, N)``
-    :return: as `takes_onednn`, for a product, its bias and a rectifier together, where thinner ones gain too
-    """
-    large = min(a.shape[0], b.shape[1]) >= SMALLEST_SIDE and a.shape[1] >= SMALLEST_INNER
+    (rows, inner), columns = a.shape, b.shape[1]
+    large = min(rows, columns) >= SMALLEST_SIDE and inner >= (SMALLEST_INNER if rectified else SMALLEST_SIDE)
     return large and a.dtype is b.dtype is th.float32 and a.device.type == "cpu" and onednn_is_faster()
 
 
 def by_onednn(out: th.Tensor, a: th.Tensor, b: th.Tensor, bias: th.Tensor | None, then: str = "none") -> None:
     """
-    ``a @ b + bias``, and what is done to it.
+    ``a @ b.t() + bias``, and what is done to it.
 
     :param out: ``(M, N)`` for the result
     :param a: ``(M, K)``
@@ -60,33 +52,16 @@ def by_onednn(out: th.Tensor, a: th.Tensor, b: th.Tensor, bias: th.Tensor | None
     :param bias: ``(N,)`` or None
     :param then: "relu" or "none"
     """
-    out.copy_(_linear(a, b, bias, then, [], ""))
+    out.copy_(th.ops.mkldnn._linear_pointwise(a, b, bias, then, [], ""))
 
 
 def taken_from_onednn(out: th.Tensor, a: th.Tensor, b: th.Tensor, bias: th.Tensor | None, then: str = "none") -> None:
-    """
-    `by_onednn` for a tensor that is given the memory of the result, instead of a copy.
-
-    :param out: ``(M, N)`` without views that somebody reads
-    :param a: as there
-    :param b: as there
-    :param bias: as there
-    :param then: as there
-    """
-    out.set_(_linear(a, b, bias, then, [], ""))  # type: ignore[call-overload]  # a tensor is a legal source
-
-
-def _linear(*args: Any) -> th.Tensor:
-    result: th.Tensor = th.ops.mkldnn._linear_pointwise(*args)
-    return result
+    """`by_onednn` for a tensor without views, which is given the memory of the result instead of a copy."""
+    out.set_(th.ops.mkldnn._linear_pointwise(a, b, bias, then, [], ""))
 
 
 def pieces(a: th.Tensor, b: th.Tensor) -> int:
-    """
-    :param a: ``(M, K)``
-    :param b: ``(K, N)``
-    :return: into how many products of some of the rows ``a @ b`` is divided
-    """
+    """Into how many products of some of the rows ``a @ b`` is divided, of ``(M, K)`` and ``(K, N)``."""
     threads = th.get_num_threads()
     if threads == 1 or a.device.type != "cpu":
         return 1

@@ -40,27 +40,10 @@ ROUNDING: dict[str, Rule] = {}
 WITHOUT_CONTENT = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"})
 """Operations that only make memory."""
 DIRECT = frozenset(
-    {
-        "abs",
-        "add",
-        "addmm",
-        "bmm",
-        "cat",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "cos",
-        "div",
-        "eq",
-        "exp",
-        "ge",
-        "gt",
-        "le",
-        "log",
-        "lt",
-    }
-    | {"maximum", "mean", "minimum", "mul", "ne", "neg", "pow", "reciprocal", "rsqrt", "sigmoid", "sin", "sqrt", "square"}
-    | {"stack", "sub", "tanh", "where", "logical_and", "logical_not", "bitwise_and", "bitwise_not", "log1p", "index_select"}
+    {"abs", "add", "addmm", "bitwise_and", "bitwise_not", "bmm", "cat", "clamp", "clamp_max", "clamp_min", "cos", "div", "eq"}
+    | {"exp", "ge", "gt", "index_select", "le", "log", "log1p", "logical_and", "logical_not", "lt", "maximum", "mean"}
+    | {"minimum", "mul", "ne", "neg", "pow", "reciprocal", "rsqrt", "sigmoid", "sin", "sqrt", "square", "stack", "sub"}
+    | {"tanh", "where"}
 )
 """Operations whose function in ``torch`` takes the same arguments and ``out``; it is called in a third of the time."""
 ELEMENTWISE = frozenset(
@@ -69,6 +52,8 @@ ELEMENTWISE = frozenset(
     | {"threshold_backward", "softplus", "softplus_backward", "elu_backward", "rsub"}
 )
 """Each number of the result depends on the numbers in its place alone."""
+IN_PLACE = frozenset({"add_", "copy_", "div_", "fill_", "mul_", "sub_", "zero_"})
+"""Operations that a tensor's own method does; it is called in a third of the time."""
 ARITHMETIC = frozenset({"add", "sub", "mul", "div", "eq", "ne", "ge", "gt", "le", "lt"} | {"add_", "sub_", "mul_", "div_"})
 """Operations that take a number or a tensor of no dimensions, which is twice as fast."""
 NUMBERS = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
@@ -77,39 +62,25 @@ NUMBERS = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 
 
 def calls(operation: Operation, rounding: bool = True) -> list[Call]:
     """
+    What does an operation again, in the same memory.
+
     :param operation: that was noted
     :param rounding: whether rules that round differently may be used
-    :return: what does it again, in the same memory
     """
     if operation.name in WITHOUT_CONTENT:
         return []
     if operation.result is None:
+        function = getattr(operation.function, "_op", operation.function)
+        if operation.name in IN_PLACE:
+            function = getattr(th.Tensor, operation.name)
         lasting = th.Tag.nondeterministic_seeded in getattr(operation.function, "tags", ())
-        return [Call(_direct_method(operation), _without_number(operation), operation.kwargs, lasting=lasting)]
+        return [Call(function, _without_number(operation), operation.kwargs, lasting=lasting)]
     for rules in (EXACT, ROUNDING) if rounding else (EXACT,):
         rule = rules.get(operation.name)
         better = rule(operation) if rule is not None else None
         if better is not None:
             return better
     return [_general(operation)]
-
-
-def _direct_method(operation: Operation) -> Any:
-    """The tensor's own method for an operation in place, which is called in a third of the time; the operation without one."""
-    if operation.name == "":
-        return operation.function
-    schema = operation.function._schema
-    writes_to_first = sum(argument.is_write for argument in _aliased(schema)) == 1 and len(schema.returns) == 1
-    method = getattr(th.Tensor, operation.name, None) if writes_to_first else None
-    seeded = th.Tag.nondeterministic_seeded in operation.function.tags
-    direct = (
-        method is not None and not seeded and operation.name in {"add_", "mul_", "sub_", "div_", "copy_", "fill_", "zero_"}
-    )
-    return method if direct else operation.function._op
-
-
-def _aliased(schema: Any) -> list[Any]:
-    return [argument.alias_info for argument in schema.arguments if argument.alias_info is not None]
 
 
 def _general(operation: Operation) -> Call:
@@ -146,10 +117,7 @@ def _copied(function: Callable[..., Any], result: Any, args: tuple[Any, ...], kw
 
 @cache
 def _variant_with_memory(function: Any) -> tuple[Any, str, frozenset[str]] | None:
-    """
-    :param function: an operation with one result
-    :return: the same with memory for its result, the name of that argument and those of all others; None if there is none
-    """
+    """The operation with memory for its one result, the name of that argument and those of all others, if there is one."""
     types = {argument.name: str(argument.type) for argument in function._schema.arguments}
     if function._schema.is_mutable or "reduction" in types:  # losses make the memory larger before they take the mean
         return None
@@ -266,11 +234,7 @@ def _products(out: th.Tensor, a: th.Tensor, b: th.Tensor, bias: th.Tensor | None
 
 
 def rewritten(operations: Sequence[Operation], rounding: bool = True) -> list[Call]:
-    """
-    :param operations: in their order
-    :param rounding: as in `calls`
-    :return: the calls of a replay
-    """
+    """The `calls` of all operations, and what is better for several of them together."""
     uses = Counter(memory(tensor) for operation in operations for tensor in tensors((operation.args, operation.kwargs)))
     found: list[Call] = []
     skipped = False
@@ -308,4 +272,4 @@ def _is_rectified_layer(operation: Operation, following: Operation, uses: Mappin
     bias, a, b = operation.args
     result, rectified = operation.result, following.args[0]
     same = memory(result) == memory(rectified) and result.shape == rectified.shape and result.stride() == rectified.stride()
-    return same and uses[memory(result)] == 1 and bias.dim() == 1 and products.takes_onednn_with_relu(a, b)
+    return same and uses[memory(result)] == 1 and bias.dim() == 1 and products.takes_onednn(a, b, rectified=True)

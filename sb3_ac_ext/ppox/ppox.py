@@ -367,7 +367,3 @@ class PPOX(OnPolicyMixin, PPO):
         if "policy.value_optimizer" in parameters and not self.separate_phases:
             raise ValueError("separate_phases must stay True for a model with two optimizers, got False")
         return super()._translated_parameters(parameters)
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts, tensors = super()._get_torch_save_params()
-        return [*state_dicts, *(["policy.value_optimizer"] if self.separate_phases else [])], tensors
