@@ -568,6 +568,7 @@ def test_our_zip_of_one_optimizer_goes_back_to_sb3() -> None:
 
 COMMON = {"learning_rate", "n_updates", "approx_kl", "entropy_loss", "policy_gradient_loss", "value_loss", "std", "loss"}
 COMMON |= {"explained_variance", "policy_grad_norm"}
+VALUE_CLIP = {"clip_range_vf", "value_clip_fraction"}
 CLIP, PHASES = {"clip_fraction", "clip_range"}, {"policy_epochs", "value_epochs", "value_grad_norm"}
 
 
@@ -575,8 +576,8 @@ CLIP, PHASES = {"clip_fraction", "clip_range"}, {"policy_epochs", "value_epochs"
     ("kwargs", "own"),
     [
         ({}, CLIP | {"epochs"}),
-        ({"clip_range_vf": 0.2}, CLIP | {"epochs", "clip_range_vf"}),
-        ({"surrogate": "penalty", "clip_range_vf": 0.2}, {"epochs", "kl", "kl_coef", "clip_range_vf"}),
+        ({"clip_range_vf": 0.2}, CLIP | VALUE_CLIP | {"epochs"}),
+        ({"surrogate": "penalty", "clip_range_vf": 0.2}, VALUE_CLIP | {"epochs", "kl", "kl_coef"}),
         ({"target_kl": 0.1}, CLIP | {"epochs"}),
         ({"separate_phases": True}, CLIP | PHASES),
         ({"separate_phases": True, "value_learning_rate": 1e-3}, CLIP | PHASES | {"value_learning_rate"}),
@@ -591,4 +592,5 @@ def test_logged_quantities(kwargs: dict[str, Any], own: set[str]) -> None:
     assert logged(model, "approx_kl") > 1e-7
     at_the_old_policy = make(n_epochs=1, batch_size=ROWS, **kwargs).learn(ROWS, log_interval=None)
     assert logged(at_the_old_policy, "approx_kl") == pytest.approx(0, abs=1e-6)
-    assert at_the_old_policy.logger.name_to_value.get("train/clip_fraction", 0) == 0
+    for name in ("clip_fraction", "value_clip_fraction"):
+        assert at_the_old_policy.logger.name_to_value.get(f"train/{name}", 0) == 0

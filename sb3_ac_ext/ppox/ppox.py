@@ -303,9 +303,9 @@ class PPOX(OnPolicyMixin, PPO):
     def _gradients(self, batch: Minibatch, phase: str) -> dict[str, th.Tensor]:
         values, log_prob, entropy = self._evaluate(batch, policy=phase != "value", value=phase != "policy")
         if phase == "value":
-            value_loss = self._value_error(batch, values).mean()
-            self._engine.differentiate(value_loss, "value")
-            return {"value_loss": value_loss}
+            outputs = self._value_loss(batch, values)
+            self._engine.differentiate(outputs["value_loss"], "value")
+            return outputs
         log_ratio = log_prob - batch.log_probs
         over_minibatch = self.normalize_advantage and self.normalize_advantage_over == "minibatch"
         advantages = normalized(batch.advantages) if over_minibatch else batch.advantages
@@ -319,17 +319,19 @@ class PPOX(OnPolicyMixin, PPO):
         outputs = {"policy_gradient_loss": policy_loss, "entropy_loss": -entropy.mean()}
         loss = loss + self.ent_coef * outputs["entropy_loss"]
         if phase == "both":
-            outputs["value_loss"] = self._value_error(batch, values).mean()
+            outputs |= self._value_loss(batch, values)
             loss = loss + self.vf_coef * outputs["value_loss"]  # equation 9
         self._engine.differentiate(loss, "policy")
         return {**outputs, "loss": loss, **self._measures(log_ratio, batch)}
 
-    def _value_error(self, batch: Minibatch, values: th.Tensor) -> th.Tensor:
-        """``(B,)``"""
+    def _value_loss(self, batch: Minibatch, values: th.Tensor) -> dict[str, th.Tensor]:
+        """The mean error, and the share of values that have moved further than counts."""
         if batch.clip_range_vf is None:
-            return squared_error(values, batch.returns)
+            return {"value_loss": squared_error(values, batch.returns).mean()}
         pessimistic = self.clip_range_vf_mode == "max"
-        return clipped_squared_error(values, batch.values, batch.returns, batch.clip_range_vf, pessimistic)
+        errors = clipped_squared_error(values, batch.values, batch.returns, batch.clip_range_vf, pessimistic)
+        outside = (values - batch.values).abs() > batch.clip_range_vf
+        return {"value_loss": errors.mean(), "value_clip_fraction": outside.float().mean()}
 
     @th.no_grad()
     def _measures(self, log_ratio: th.Tensor, batch: Minibatch) -> dict[str, th.Tensor]:
