@@ -9,10 +9,10 @@ import numpy as np
 import torch as th
 from torch import nn
 
-from sb3_ac_ext.engine import memory
+from sb3_ac_ext.engine.memory import bytes_used, plan
 from sb3_ac_ext.engine.network import is_adam
 from sb3_ac_ext.engine.rewrites import rewritten
-from sb3_ac_ext.engine.tape import RefusedError, Tape, UnmetError
+from sb3_ac_ext.engine.tape import RefusedError, Tape, UnmetError, memory
 
 Values = dict[str, th.Tensor]
 TOLERANCE = 1e-4
@@ -82,9 +82,9 @@ class Replay:
     """
 
     def __init__(self, tape: Tape, outputs: Values, rounding: bool = True) -> None:
-        kept = {*tape.external, *tape.escaped(), *memory.storages([*outputs.values()])}
-        calls = memory.plan(rewritten(tape.operations, rounding), kept)
-        self.bytes = memory.bytes_used(calls, tape.external)
+        kept = {*tape.external, *tape.escaped(), *map(memory, outputs.values())}
+        calls = plan(rewritten(tape.operations, rounding), kept)
+        self.bytes = bytes_used(calls, tape.external)
         self.external = [*tape.external.values()]
         self.draws = any(call.lasting for call in calls)
         self._calls = [(call.function, call.args, call.kwargs) for call in calls]
