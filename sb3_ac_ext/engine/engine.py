@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.utils import polyak_update, update_learning_rate
+from torch.nn.utils import get_total_norm
 
 from sb3_ac_ext.engine import network as steps_of_networks
 from sb3_ac_ext.engine.kinds import WARM_UP, Function, Kind, Outputs, named
@@ -92,7 +94,7 @@ class Engine(Recorder):
         else:
             if name not in self._differentiated:
                 self._given += [(parameter, parameter.grad) for parameter in network.parameters]
-            norm = steps_of_networks.recorded_step(network, self._steps_of(network), self._tape)
+            norm = steps_of_networks.step(network, self._steps_of(network), self._tape)
         if self._norms is not None:
             self._norms[f"{name}_grad_norm"] = norm
 
@@ -104,10 +106,13 @@ class Engine(Recorder):
         :param tau: share of the online network, in [0, 1]
         """
         network = self._network(name)
+        assert network.module is not None and network.target is not None
+        online, target = tuple(network.module.parameters()), tuple(network.target.parameters())
         if self._tape is None:
-            steps_of_networks.follow(network, tau)
-        else:
-            steps_of_networks.recorded_follow(network, tau)
+            polyak_update(online, target, tau)
+        else:  # as one operation on lists
+            with th.no_grad():
+                th._foreach_lerp_(target, online, tau)
 
     def _network(self, name: str) -> Network:
         network = self._used[name] = self.networks[name]
@@ -119,7 +124,7 @@ class Engine(Recorder):
         """Foreign code ran: look at the networks, set their rates, and look at everything else before the next replay."""
         self.networks = self._make_networks()
         for network in self.networks.values():
-            steps_of_networks.set_rate(network)
+            update_learning_rate(network.optimizer, network.rate)
             steps = self._steps.get(network.optimizer)
             if steps is not None:
                 steps.rate.fill_(network.rate)
@@ -244,7 +249,8 @@ class Engine(Recorder):
         parameters = [parameter.detach() for network in self.networks.values() for parameter in network.parameters]
         if not parameters or th.stack(th._foreach_norm(parameters)).sum().isfinite():
             return {}
-        return {name: float(steps_of_networks.parameter_norm(network)) for name, network in self.networks.items()}
+        with th.no_grad():
+            return {name: float(get_total_norm(network.parameters)) for name, network in self.networks.items()}
 
     def report(self) -> dict[str, str]:
         """

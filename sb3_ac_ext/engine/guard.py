@@ -5,7 +5,6 @@ A recording holds memory and whatever the function has read from Python. Before 
 environment's step, a callback, the user), `Guard.change` looks at all of that, in one place.
 """
 
-import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType, MethodType, ModuleType
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as torch_optimizer
 
-from sb3_ac_ext.engine.network import Network, is_adam
+from sb3_ac_ext.engine.network import Network, identical, is_adam
 from sb3_ac_ext.engine.tape import Key, memory, tensors
 
 MODULE_HOOKS = (
@@ -351,7 +350,7 @@ class Guard:
             return "an attribute or a method of a module"
         if self._live != self._copies or any(kind.forward is not function for kind, function in self._forwards):
             return "a module"
-        if not _same(self._current_tensors(), self._tensors):
+        if not identical(self._current_tensors(), self._tensors):
             return "a parameter or buffer"
         if [*map(_requires_grad, self._tensors)] != self._free:
             return "which parameters are trained"
@@ -381,9 +380,9 @@ class Guard:
                 return f"the optimizer of the {name}"
             if now.settings() != self._settings[i] or _replaced_methods(now.optimizer):
                 return f"a setting of the {name} or its optimizer"
-            if not _same(now.parameters, network.parameters):
+            if not identical(now.parameters, network.parameters):
                 return f"what the optimizer of the {name} trains"
-        if not _same(self._current_states(), self._states):
+        if not identical(self._current_states(), self._states):
             return "the state of an optimizer"
         if [parameter.requires_grad for parameter in self._trained] != self._gradients:
             return "which parameters are trained"
@@ -436,10 +435,6 @@ def _requires_grad(tensor: Any) -> bool:
 
 def _has_hook(tensor: Any) -> bool:
     return bool(tensor is not None and (tensor._backward_hooks or tensor._post_accumulate_grad_hooks))
-
-
-def _same(now: Sequence[Any], before: Sequence[Any]) -> bool:
-    return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 def _snapshot(value: Any) -> Any:

@@ -8,7 +8,6 @@ from functools import cache, partial
 from typing import Any
 
 import torch as th
-from stable_baselines3.common.utils import polyak_update, update_learning_rate
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -83,26 +82,16 @@ class Steps:
         self._count_views: tuple[th.Tensor, ...] = ()
 
     def serve(self, network: Network) -> bool:
-        """
-        :param network: of the optimizer
-        :return: whether these are still its parameters
-        """
-        now = network.parameters
-        return len(now) == len(self.parameters) and all(p is q for p, q in zip(now, self.parameters, strict=True))
+        """Whether the optimizer's parameters are still those."""
+        return identical(network.parameters, self.parameters)
 
     def bind(self, network: Network) -> None:
-        """
-        Give the counters in the state of an Adam optimizer their place in one tensor.
-
-        :param network: whose optimizer it is
-        """
+        """Give the counters in the state of an Adam optimizer their place in one tensor."""
         states = [network.optimizer.state[p] for p in self.parameters if "step" in network.optimizer.state.get(p, {})]
         counts = [state["step"] for state in states]
-        bound = len(counts) == len(self._count_views) and all(map(operator.is_, counts, self._count_views))
-        if states and is_adam(network.optimizer) and not bound:
-            self.counts = th.stack(
-                [count.to(self.rate.device, th.float32) for count in counts]
-            )  # the fused step wants them there
+        if states and is_adam(network.optimizer) and not identical(counts, self._count_views):
+            # the fused step wants them there
+            self.counts = th.stack([count.to(self.rate.device, th.float32) for count in counts])
             self._count_views = self.counts.unbind()
             for state, count in zip(states, self._count_views, strict=True):
                 state["step"] = count
@@ -118,11 +107,13 @@ def _is_dense(tensor: th.Tensor) -> bool:
     return tensor.numel() == 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
+def identical(now: Sequence[Any], before: Sequence[Any]) -> bool:
+    """Whether two sequences have the same objects in them."""
+    return len(now) == len(before) and all(map(operator.is_, now, before))
+
+
 def is_adam(optimizer: th.optim.Optimizer) -> bool:
-    """
-    :param optimizer: any
-    :return: whether its step is PyTorch's fused operation on lists of tensors
-    """
+    """Whether an optimizer's step is PyTorch's fused operation on lists of tensors."""
     if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
         return False
     groups = optimizer.param_groups
@@ -143,50 +134,6 @@ def differentiate(loss: th.Tensor, networks: Iterable[Network]) -> None:
         wanted += [parameter for parameter in network.parameters if parameter.requires_grad]
     if wanted and loss.requires_grad:
         loss.backward(inputs=wanted)
-
-
-def step(network: Network) -> th.Tensor:
-    """
-    Clip, decay and apply the gradients.
-
-    :param network: whose parameters have their ``.grad``
-    :return: ``()`` 2-norm of the gradient before it was clipped
-    """
-    gradients = [p.grad for p in network.parameters if p.grad is not None]
-    norm = get_total_norm(gradients) if gradients else th.zeros(())
-    if network.max_grad_norm is not None:
-        for parameters in network.clipped or [network.parameters]:
-            own = [p.grad for p in parameters if p.grad is not None]
-            if own:
-                whole = network.clipped is None
-                clip_grads_with_norm_(parameters, network.max_grad_norm, norm if whole else get_total_norm(own))
-    decay(network, [p.grad for p in network.parameters])
-    network.optimizer.step()
-    return norm
-
-
-def decay(network: Network, gradients: Sequence[th.Tensor | None]) -> None:
-    """
-    Add the decay of the weights to their gradients.
-
-    :param network: which says how much
-    :param gradients: of its parameters
-    """
-    if network.weight_decay:
-        for parameter, gradient in zip(network.parameters, gradients, strict=True):
-            if parameter.dim() > 1 and gradient is not None:
-                gradient.add_(parameter.detach(), alpha=network.weight_decay)
-
-
-def follow(network: Network, tau: float) -> None:
-    """
-    theta_target <- tau theta + (1 - tau) theta_target, as SB3 does it.
-
-    :param network: with a target
-    :param tau: share of the online network, in [0, 1]
-    """
-    assert network.module is not None and network.target is not None
-    polyak_update(network.module.parameters(), network.target.parameters(), tau)
 
 
 def recorded_differentiate(loss: th.Tensor, networks: Sequence[tuple[Network, Steps]]) -> None:
@@ -213,40 +160,48 @@ def recorded_differentiate(loss: th.Tensor, networks: Sequence[tuple[Network, St
                     place.copy_(gradient)
 
 
-def recorded_step(network: Network, steps: Steps, tape: Tape) -> th.Tensor:
+def step(network: Network, steps: Steps | None = None, tape: Tape | None = None) -> th.Tensor:
     """
-    `step` after `recorded_differentiate`.
+    Clip, decay and apply the gradients.
 
     :param network: whose parameters have their ``.grad``
-    :param steps: what its recorded steps need
+    :param steps: what its recorded steps need; None if nothing records
     :param tape: that records
     :return: ``()`` 2-norm of the gradient before it was clipped
     """
-    trained = [(p, p.grad) for p in network.parameters if p.grad is not None]
-    gradients = [gradient for _, gradient in trained]
-    whole = all(p.grad is place for p, place in zip(network.parameters, steps.gradients, strict=True))
-    flat = steps.flat if whole else None
-    with th.no_grad():
-        if not gradients:
-            return steps.rate.new_zeros(())
-        norm = th.dot(flat, flat).sqrt() if flat is not None else get_total_norm(gradients)
-        if network.max_grad_norm is not None:
-            if flat is not None and network.clipped is None:
-                flat.mul_((network.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-            else:
-                for parameters in network.clipped or [network.parameters]:
-                    own = [p.grad for p in parameters if p.grad is not None]
-                    clip_grads_with_norm_(parameters, network.max_grad_norm, get_total_norm(own))
-        decay(network, [p.grad for p in network.parameters])
-        if is_adam(network.optimizer):
-            _fused_adam(network, steps, tape)
-        elif "step_at" in vars(type(network.optimizer)):  # what its step does with tensors, at a rate that is one
-            network.optimizer.step_at(steps.rate)  # type: ignore[attr-defined]  # see above
-        elif not type(network.optimizer).__module__.startswith("torch.optim"):
-            raise RefusedError(f"a {type(network.optimizer).__name__}, which may do anything in a step")
-        else:
-            tape.call(partial(_plain_step, network.optimizer, trained))
+    gradients = [p.grad for p in network.parameters if p.grad is not None]
+    flat = None if steps is None or not identical([p.grad for p in network.parameters], steps.gradients) else steps.flat
+    if flat is not None:
+        norm = th.dot(flat, flat).sqrt()
+    else:
+        norm = get_total_norm(gradients) if gradients else network.parameters[0].new_zeros(())
+    if flat is not None and network.max_grad_norm is not None and network.clipped is None:
+        flat.mul_((network.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+    elif network.max_grad_norm is not None:
+        for parameters in network.clipped or [network.parameters]:
+            own = [p.grad for p in parameters if p.grad is not None]
+            clip_grads_with_norm_(parameters, network.max_grad_norm, get_total_norm(own) if network.clipped else norm)
+    for p in network.parameters if network.weight_decay else ():
+        if p.dim() > 1 and p.grad is not None:
+            p.grad.add_(p.detach(), alpha=network.weight_decay)
+    if steps is None or tape is None:
+        network.optimizer.step()
+    elif gradients:
+        _recorded_step(network, steps, tape)
     return norm
+
+
+@th.no_grad()
+def _recorded_step(network: Network, steps: Steps, tape: Tape) -> None:
+    optimizer = network.optimizer
+    if is_adam(optimizer):
+        _fused_adam(network, steps, tape)
+    elif "step_at" in vars(type(optimizer)):  # what its step does with tensors, at a rate that is one
+        optimizer.step_at(steps.rate)  # type: ignore[attr-defined]  # see above
+    elif not type(optimizer).__module__.startswith("torch.optim"):
+        raise RefusedError(f"a {type(optimizer).__name__}, which may do anything in a step")
+    else:
+        tape.call(partial(_plain_step, optimizer, [(p, p.grad) for p in network.parameters if p.grad is not None]))
 
 
 def _plain_step(optimizer: th.optim.Optimizer, gradients: Sequence[tuple[nn.Parameter, th.Tensor]]) -> None:
@@ -258,26 +213,28 @@ def _plain_step(optimizer: th.optim.Optimizer, gradients: Sequence[tuple[nn.Para
 
 def _start_adam(network: Network) -> None:
     """Adam's state before its first step, as PyTorch makes it for parameters that have a gradient."""
+    state = network.optimizer.state
     for group in network.optimizer.param_groups:
         for p in group["params"]:
-            if p.grad is not None and not network.optimizer.state.get(p):
+            if p.grad is not None and not state.get(p):
                 moments = MOMENTS[: 3 if group["amsgrad"] else 2]
                 zeros = {name: th.zeros_like(p, memory_format=th.preserve_format) for name in moments}
-                network.optimizer.state[p] = {"step": th.zeros((), dtype=th.get_default_dtype(), device=p.device), **zeros}
+                state[p] = {"step": th.zeros((), dtype=th.get_default_dtype(), device=p.device), **zeros}
 
 
 def _fused_adam(network: Network, steps: Steps, tape: Tape) -> None:
     """What torch.optim.Adam comes to with ``fused=True``; the rate is read from its tensor."""
     state = network.optimizer.state
-    if not all(state.get(p) for p in network.parameters if p.grad is not None):
+    trained = [p for p in network.parameters if p.grad is not None]
+    if not all(map(state.get, trained)):
         with tape.pause():
-            first = not any(state.get(p) for p in network.parameters)
+            first = not any(map(state.get, network.parameters))
             _start_adam(network)
             if first:
                 steps.bind(network)
-            for tensor in tensors([steps.tensors(), *(state[p] for p in network.parameters if p.grad is not None)]):
+            for tensor in tensors([steps.tensors(), *(state[p] for p in trained)]):
                 tape.watch(tensor)
-    counts = [state[p]["step"] for p in network.parameters if p.grad is not None]
+    counts = [state[p]["step"] for p in trained]
     if steps.counts is not None and len(counts) == len(steps.counts):
         steps.counts.add_(1)
     else:
@@ -303,36 +260,6 @@ def _fused_adam(network: Network, steps: Steps, tape: Tape) -> None:
             amsgrad=group["amsgrad"],
             maximize=group["maximize"],
         )
-
-
-def recorded_follow(network: Network, tau: float) -> None:
-    """
-    `follow` as one operation on lists.
-
-    :param network: with a target
-    :param tau: share of the online network, in [0, 1]
-    """
-    assert network.module is not None and network.target is not None
-    pairs = zip(network.module.parameters(), network.target.parameters(), strict=True)
-    online, target = zip(*pairs, strict=True)
-    with th.no_grad():
-        th._foreach_lerp_(target, online, tau)
-
-
-def parameter_norm(network: Network) -> th.Tensor:
-    """
-    :param network: any
-    :return: ``()`` 2-norm of its parameters
-    """
-    with th.no_grad():
-        return get_total_norm(network.parameters)
-
-
-def set_rate(network: Network) -> None:
-    """
-    :param network: whose optimizer gets its rate
-    """
-    update_learning_rate(network.optimizer, network.rate)
 
 
 def flush_subnormals(networks: Mapping[str, Network], before: int, after: int) -> None:
