@@ -209,10 +209,14 @@ def predictions(net_arch: list[int]) -> Prepare:
     return prepare
 
 
-def rollouts_and_updates(cls: Any, kwargs: dict[str, Any]) -> Block:
+def rollouts_and_updates(n_steps: int, env: str | Callable[[], gym.Env] = ENV, **kwargs: Any) -> Prepare:
     """Whole ``learn()`` of an on-policy algorithm with its class's defaults, one rollout of one environment."""
-    model = on_policy_model(cls, {"n_steps": ROLLOUT})
-    return lambda: model.learn(ROLLOUT, reset_num_timesteps=False)
+
+    def prepare(cls: Any, _: dict[str, Any]) -> Block:
+        model = on_policy_model(cls, {"n_steps": n_steps, **kwargs}, env)
+        return lambda: model.learn(n_steps, reset_num_timesteps=False)
+
+    return prepare
 
 
 def updates(cls: Any, kwargs: dict[str, Any]) -> Block:
@@ -244,10 +248,17 @@ def natural_updates(cls: Any, kwargs: dict[str, Any]) -> Block:
     return block
 
 
-def on_policy_model(cls: Any, kwargs: dict[str, Any]) -> Any:
+def short_rollouts(cls: Any, kwargs: dict[str, Any]) -> Block:
+    """Whole ``learn()`` of ACKTR or A2C with rollouts of 20 steps of one environment."""
+    model = on_policy_model(cls, {"n_steps": 20})
+    return lambda: model.learn(500, reset_num_timesteps=False, log_interval=100)
+
+
+def on_policy_model(cls: Any, kwargs: dict[str, Any], env: str | Callable[[], gym.Env] = ENV) -> Any:
     """
     :param cls: an on-policy algorithm
     :param kwargs: its arguments, and ``n_envs`` and ``normalize`` as in the Zoo's files
+    :param env: id of the environment, or what makes it
     :return: a model that has collected and used one rollout
     """
     import pybullet_envs_gymnasium  # noqa: F401 (registers the environments)
@@ -255,15 +266,16 @@ def on_policy_model(cls: Any, kwargs: dict[str, Any]) -> Any:
     from stable_baselines3.common.vec_env import VecNormalize
 
     own = dict(kwargs)
-    env = make_vec_env(ENV, n_envs=own.pop("n_envs", 1), seed=0)
+    vec_env = make_vec_env(env, n_envs=own.pop("n_envs", 1), seed=0)
     if own.pop("normalize", False):
-        env = VecNormalize(env)
-    model = cls("MlpPolicy", env, **own, seed=0, device="cpu")
+        vec_env = VecNormalize(vec_env)
+    model = cls(policy_for(vec_env.observation_space), vec_env, **own, seed=0, device="cpu")
     return model.learn(model.n_envs * model.n_steps)
 
 
 ROLLOUT = 2048
-TD3, AGENTS = ("TD3X",), ("MADDPG",)
+TD3, PPO, AGENTS = ("TD3X",), ("PPOX",), ("MADDPG",)
+EXTRACTOR = {"features_extractor_class": NormalisedExtractor}
 TASKS = (
     Task("gradient step [400, 300]", "ms", 20, gradient_steps(net_arch=[400, 300]), OFF),
     Task("gradient step [256, 256]", "ms", 20, gradient_steps(net_arch=[256, 256]), OFF),
@@ -280,7 +292,10 @@ TASKS = (
     Task("learn(), own extractor", "ms", 160, learning(features_extractor_class=NormalisedExtractor), TD3),
     Task("learn(), three critics", "ms", 160, learning(n_critics=3), TD3),
     Task(f"learn(), {SPREAD}", "ms", 500, agents_learning, AGENTS, env=SPREAD, sb3=False),
-    Task("learn(), rollouts of 2048", "ms", ROLLOUT, rollouts_and_updates, ON, sbx=True),
+    Task("learn(), rollouts of 2048", "ms", ROLLOUT, rollouts_and_updates(ROLLOUT), ON, sbx=True),
+    Task("learn(), rollouts, images", "ms", 128, rollouts_and_updates(128, images), PPO),
+    Task("learn(), rollouts, own extractor", "ms", ROLLOUT, rollouts_and_updates(ROLLOUT, policy_kwargs=EXTRACTOR), PPO),
+    Task("learn(), 25 rollouts of 20", "ms", 500, short_rollouts, ("ACKTR",)),
     Task("train() after it", "ms", 1, updates, ON),
     Task("learn(), as in the Zoo", "ms", 8192, rollouts_as_the_zoo, ON),
     Task("learn(), an update a step", "ms", 500, steps_with_updates, ("AC",)),
