@@ -170,9 +170,9 @@ class Engine(Recorder):
         self._updates += 1
         kind = self._kind(function, batch, options, wait=0)
         if kind.recording is not None and kind.look != self._look:
-            self._look_at(kind, self._look)
+            self._look_at(kind)
         with self._lock if not kind.verified else nullcontext():
-            outputs = self._replay(kind, function, batch, options) if self.enabled else None
+            outputs = self._replay(kind, batch) if self.enabled else None
             if outputs is None:
                 return self._plainly(function, batch, options)
             if kind.means is not None:
@@ -217,15 +217,13 @@ class Engine(Recorder):
         kind = self._kind(function, batch, options, WARM_UP)
         recording = kind.recording
         if recording is None or not kind.verified:
-            return self._first_evaluations(kind, function, batch, options)
+            return self._first_evaluations(kind, batch)
         with recording.lock:
-            if self._look_at(kind, -1) and recording.run(filled(batch)):
+            if self._look_at(kind) and recording.run(filled(batch)):
                 return recording.copies()
         return None
 
-    def _first_evaluations(
-        self, kind: Kind, function: Function, batch: tuple[np.ndarray, ...], options: tuple[Hashable, ...]
-    ) -> dict[str, np.ndarray] | None:
+    def _first_evaluations(self, kind: Kind, batch: tuple[np.ndarray, ...]) -> dict[str, np.ndarray] | None:
         if kind.wait > 0:
             kind.wait -= 1
             return None
@@ -234,9 +232,9 @@ class Engine(Recorder):
         try:
             with th.no_grad():
                 if kind.recording is None:
-                    return self._record_evaluation(kind, function, batch, options)
-                expected = function(as_tensors(batch, self.device), *options) or {}
-                if self._look_at(kind, -1) and self._agrees_with(kind, batch, expected):
+                    return self._record_evaluation(kind, batch)
+                expected = kind.function(as_tensors(batch, self.device), *kind.options) or {}
+                if self._look_at(kind) and self._agrees_with(kind, batch, expected):
                     kind.verified = True
                 return {name: value.cpu().numpy().copy() for name, value in expected.items()}
         finally:
@@ -279,14 +277,14 @@ class Engine(Recorder):
         self._kinds.move_to_end(key)
         return kind
 
-    def _look_at(self, kind: Kind, look: int) -> bool:
+    def _look_at(self, kind: Kind) -> bool:
         """Whether the kind's recording may be replayed, as everything is now."""
         assert kind.guard is not None
         change = kind.guard.change(self.networks)
         if change is not None:
             kind.forget(f"{change} changed")
             return False
-        kind.look = look
+        kind.look = self._look
         return True
 
     def _has_gradients(self, recording: Recording) -> bool:
@@ -294,18 +292,18 @@ class Engine(Recorder):
             self._publish()
         return recording.has_gradients()
 
-    def _replay(self, kind: Kind, function: Function, batch: tuple[Any, ...], options: tuple[Hashable, ...]) -> Outputs | None:
+    def _replay(self, kind: Kind, batch: tuple[Any, ...]) -> Outputs | None:
         """What the function returns, by a replay; None if it is to run as it stands."""
         if kind.recording is None:
             if kind.wait > 0:
                 kind.wait -= 1
                 return None
             self._publish()
-            self._record(kind, function, batch, options, self.networks)
+            self._record(kind, batch)
         elif not self._has_gradients(kind.recording):
             return None  # the function that computed them was not replayed
         elif not kind.verified:
-            self._verify(kind, function, batch, options, self.networks)
+            self._verify(kind, batch)
         elif not kind.recording.run(filled(batch)):
             return None  # PyTorch's distributions have something to say
         if kind.recording is None:

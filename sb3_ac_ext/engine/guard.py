@@ -13,18 +13,14 @@ from typing import Any
 import numpy as np
 import torch as th
 from torch import nn
+from torch.distributions import Distribution
 from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as torch_optimizer
 
 from sb3_ac_ext.engine.network import Network, identical, is_adam
 from sb3_ac_ext.engine.tape import Key, memory, tensors
 
-MODULE_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 OF_MODULES = frozenset(vars(nn.Module()))
 """The attributes of every module."""
 
@@ -33,17 +29,7 @@ class Closed:
     """An object that a guard does not look into."""
 
 
-OTHERS = (
-    Closed,
-    nn.Module,
-    th.Tensor,
-    th.optim.Optimizer,
-    th.distributions.Distribution,
-    type,
-    FunctionType,
-    MethodType,
-    ModuleType,
-)
+OTHERS = (Closed, nn.Module, th.Tensor, th.optim.Optimizer, Distribution, type, FunctionType, MethodType, ModuleType)
 """What is not looked into where an object is."""
 OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 GLOBAL_HOOKS: tuple[Mapping[Any, Any], ...] = (
@@ -103,10 +89,7 @@ def _kind_of(owner: Any) -> type:
 
 
 def process_state(trains: bool) -> tuple[Any, ...]:
-    """
-    :param trains: whether gradients are computed
-    :return: what PyTorch is told for the whole process or thread and a recording depends on
-    """
+    """What PyTorch is told for the whole process or thread and a recording depends on, if it computes gradients or not."""
     return (
         trains and (th.is_grad_enabled(), th.is_inference_mode_enabled()),
         th.get_num_threads(),
@@ -115,15 +98,12 @@ def process_state(trains: bool) -> tuple[Any, ...]:
         th.is_autocast_enabled("cuda"),
         th.get_default_dtype(),
         th.are_deterministic_algorithms_enabled(),
-        th.distributions.Distribution._validate_args,
+        Distribution._validate_args,
     )
 
 
 def modules_in(values: Iterable[Any]) -> list[nn.Module]:
-    """
-    :param values: anything
-    :return: the modules among them, each with the modules that it has
-    """
+    """The modules among values of any kind, each with the modules that it has."""
     found: dict[nn.Module, None] = {}
     for value in values:
         if isinstance(value, nn.Module) and value not in found:
@@ -133,9 +113,10 @@ def modules_in(values: Iterable[Any]) -> list[nn.Module]:
 
 def objects_in(value: Any, depth: int = 3) -> list[Any]:
     """
+    Objects with attributes of their own that are found in a value: no modules, tensors, functions or classes.
+
     :param value: anything
     :param depth: how many objects and containers are opened, one inside another
-    :return: objects with attributes of their own that are found in it: no modules, tensors, functions or classes
     """
     if depth == 0:
         return []
@@ -151,27 +132,18 @@ def objects_in(value: Any, depth: int = 3) -> list[Any]:
 
 
 def helpers_of(module: nn.Module) -> list[Any]:
-    """
-    :param module: of a policy
-    :return: objects that it computes with and that are no modules, as SB3's distributions
-    """
+    """Objects that a module computes with and that are no modules, as SB3's distributions."""
     return [found for name, value in vars(module).items() if name not in OF_MODULES for found in objects_in(value, 2)]
 
 
 def tensors_in(modules: Iterable[nn.Module]) -> list[th.Tensor]:
-    """
-    :param modules: whose submodules are among them
-    :return: parameters, buffers and other tensors that are attributes
-    """
+    """Parameters, buffers and other tensors that are attributes of modules, not of their submodules."""
     parts = ([*m._parameters.values(), *m._buffers.values(), *vars(m).values()] for m in modules)
     return [part for parts_of_module in parts for part in parts_of_module if isinstance(part, th.Tensor)]
 
 
 def tensors_of_helpers(modules: Iterable[nn.Module]) -> list[th.Tensor]:
-    """
-    :param modules: whose submodules are among them
-    :return: tensors that `helpers_of` these hold, as the noise matrix of SB3's gSDE
-    """
+    """Tensors that `helpers_of` modules hold, as the noise matrix of SB3's gSDE."""
     parts = (value for module in modules for helper in helpers_of(module) for value in vars(helper).values())
     return [part for part in parts if isinstance(part, th.Tensor)]
 

@@ -56,7 +56,7 @@ class Kind:
     """A function with batches and options of one kind, which one recording serves."""
 
     def __init__(self, function: Function, options: tuple[Hashable, ...], wait: int) -> None:
-        self.name = named(function, options)
+        self.function, self.options, self.name = function, options, named(function, options)
         self.wait = wait
         """Ordinary runs before it is recorded."""
         self.reason = "it has not run often enough"

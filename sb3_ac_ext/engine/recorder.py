@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,6 +25,7 @@ from sb3_ac_ext.engine.kinds import LONGEST_WAIT, WARM_UP, Function, Kind, Means
 from sb3_ac_ext.engine.network import Network, Steps
 from sb3_ac_ext.engine.recording import (
     TOLERANCE,
+    Attribute,
     Graph,
     Inputs,
     Recording,
@@ -35,7 +36,7 @@ from sb3_ac_ext.engine.recording import (
     difference,
     filled,
 )
-from sb3_ac_ext.engine.tape import RefusedError, Tape, memory, tensors, whole
+from sb3_ac_ext.engine.tape import Key, RefusedError, Tape, memory, tensors, whole
 
 MOST_RECORDINGS = 16
 """Recordings that are kept; the one that was used longest ago goes."""
@@ -123,20 +124,19 @@ class Recorder(Closed):
         found += [means.sums for means in self._means.values()]
         return list({memory(tensor): whole(tensor) for tensor in found}.values())
 
-    def _record_evaluation(
-        self, kind: Kind, function: Function, batch: tuple[np.ndarray, ...], options: tuple[Hashable, ...]
-    ) -> dict[str, np.ndarray] | None:
+    def _record_evaluation(self, kind: Kind, batch: tuple[np.ndarray, ...]) -> dict[str, np.ndarray] | None:
         """As `_record`, but nothing is put back, as others may draw random numbers and train at the same time."""
         reason = self._obstacle({})
         if reason is not None:
             kind.forget(reason)
             return None
         try:
-            recording, kind.guard = self._recorded(function, batch, options, self._state({}), {})
+            kind.recording, kind.guard = self._recorded(kind, batch, self._state({}), evaluates=True)
         except RefusedError as error:
             kind.forget(str(error), LONGEST_WAIT)
             return None
-        kind.recording, kind.reason = recording, "it has run once"
+        kind.reason = "it has run once"
+        recording = kind.recording
         outputs = recording.copies()
         self._agrees_with(kind, batch, {name: value.clone() for name, value in recording.outputs.items()})
         self._limit_recordings()
@@ -155,29 +155,22 @@ class Recorder(Closed):
             return f"the device is {self.device}"
         return Guard(self._owner, vars(self._owner), networks).obstacle()
 
-    def _record(
-        self,
-        kind: Kind,
-        function: Function,
-        batch: tuple[Any, ...],
-        options: tuple[Hashable, ...],
-        networks: Mapping[str, Network],
-    ) -> None:
+    def _record(self, kind: Kind, batch: tuple[Any, ...]) -> None:
         """
         Run the function, note what it does, replay that from the same state, and keep it if both come to the same.
 
         Without that everything is as it was before.
         """
-        reason = self._obstacle(networks)
+        reason = self._obstacle(self.networks)
         if reason is not None:
             kind.forget(reason)
             return
-        for network in networks.values():
+        for network in self.networks.values():
             self._steps_of(network).bind(network)
-        before = self._snapshot(networks)
+        before = self._snapshot()
         known = set(self._means)
         try:
-            kind.recording, kind.guard = self._recorded(function, batch, options, before.tensors, networks)
+            kind.recording, kind.guard = self._recorded(kind, batch, before.tensors, evaluates=False)
             if before.has_drawn():
                 raise RefusedError("it draws random numbers of Python or numpy")
         except Exception as error:
@@ -190,7 +183,7 @@ class Recorder(Closed):
             expected = self._results(kind.recording, before.tensors)
             before.restore(keep_adam=True, undo=False)
             old = {*map(memory, before.tensors)}
-            for tensor in self._state(networks):
+            for tensor in self._state(self.networks):
                 if memory(tensor) not in old:  # the state of an optimizer before its first step, or a new sum
                     tensor.zero_()
             if not self._again(kind) or not self._agrees(kind, expected, before.tensors):
@@ -199,13 +192,11 @@ class Recorder(Closed):
             kind.recording.replay()  # capturing does not execute
         self._limit_recordings()
 
-    def _snapshot(self, networks: Mapping[str, Network]) -> Snapshot:
+    def _snapshot(self) -> Snapshot:
         modules = modules_in(vars(self._owner).values())
-        optimizers = [network.optimizer for network in networks.values()]
-        gradients = [
-            place for optimizer in optimizers if optimizer in self._steps for place in self._steps[optimizer].gradients
-        ]
-        return Snapshot(self._state(networks), self.device, optimizers, modules, gradients)
+        optimizers = [network.optimizer for network in self.networks.values()]
+        gradients = [place for optimizer in optimizers for place in getattr(self._steps.get(optimizer), "gradients", ())]
+        return Snapshot(self._state(self.networks), self.device, optimizers, modules, gradients)
 
     def _put_back(self, before: Snapshot, known: set[Hashable]) -> None:
         before.restore()
@@ -213,71 +204,56 @@ class Recorder(Closed):
             del self._means[key]
 
     def _recorded(
-        self,
-        function: Function,
-        batch: tuple[Any, ...],
-        options: tuple[Hashable, ...],
-        state: Sequence[th.Tensor],
-        networks: Mapping[str, Network],
+        self, kind: Kind, batch: tuple[Any, ...], state: Sequence[th.Tensor], evaluates: bool
     ) -> tuple[Recording, Guard]:
-        steps = [tensor for network in networks.values() for tensor in self._steps_of(network).tensors()]
-        inputs = Inputs(as_tensors(batch, self.device), self.device)
+        """Run the function and note what it does; one that evaluates trains no networks, and nothing of it is logged."""
+        steps = [] if evaluates else [t for network in self.networks.values() for t in self._steps_of(network).tensors()]
+        inputs = Inputs(batch, self.device)
         modules = modules_in(vars(self._owner).values())
         helpers = [(helper, dict(vars(helper))) for module in modules for helper in helpers_of(module)]
-        others = tensors_of_helpers(modules)
-        tape = Tape([*state, *others, *steps], inputs.tensors)
+        tape = Tape([*state, *tensors_of_helpers(modules), *steps], inputs.tensors)
         reads: dict[str, Any] = {}
         self._used, self._given = {}, []
         self._differentiated.clear()
-        if networks:
+
+        def run() -> Values:
+            if evaluates:
+                return kind.function(inputs.batch, *kind.options) or {}
+            return self._call(kind.function, inputs.batch, kind.options)
+
+        if not evaluates:
             self._tape = tape
-        run = self._function(function, bool(networks))
         try:
             with noted_reads(self._owner, reads.setdefault):
                 if self.device.type == "cuda":
-                    graph = Graph(lambda: run(inputs.batch, *options))
+                    graph = Graph(run)
                     replay: Replay | Graph = graph
                     outputs = graph.outputs
                     if tape.operations:
                         raise RefusedError("an optimizer that is not Adam")
                 else:
                     with tape.recording():
-                        outputs = run(inputs.batch, *options)
+                        outputs = run()
                     outputs = {name: value.detach() for name, value in outputs.items()}
-                    replay = Replay(tape, outputs, self._rounding and bool(networks))
+                    replay = Replay(tape, outputs, self._rounding and not evaluates)
         finally:
-            if networks:
+            if not evaluates:
                 self._tape = None
         used = {memory(tensor) for operation in tape.operations for tensor in tensors(operation[1:])}
-        made, read = [], []
-        for helper, held in helpers:
-            for name, value in vars(helper).items():
-                if isinstance(value, th.Tensor):
-                    stayed = value is held.get(name)
-                    if not stayed and tape.has_made(value):
-                        made.append((vars(helper), name, value.detach()))
-                    if stayed and (isinstance(replay, Graph) or memory(value) in used):
-                        read.append((vars(helper), name, value))
+        looked_at = None if isinstance(replay, Graph) else used
+        made, read = _made_and_read(helpers, tape, looked_at)
         gradients = [(p, p.grad) for network in self._used.values() for p in network.parameters]
-        guard = Guard(self._owner, reads, self._used, None if isinstance(replay, Graph) else used, read, bool(networks))
+        guard = Guard(self._owner, reads, self._used, looked_at, read, not evaluates)
         return Recording(replay, inputs, outputs, gradients, self._given, made), guard
 
-    def _verify(
-        self,
-        kind: Kind,
-        function: Function,
-        batch: tuple[Any, ...],
-        options: tuple[Hashable, ...],
-        networks: Mapping[str, Network],
-    ) -> None:
+    def _verify(self, kind: Kind, batch: tuple[Any, ...]) -> None:
         """Run the function and replay it from the same state, for another batch than the recorded one."""
         assert kind.recording is not None
         recording = kind.recording
-        before = self._snapshot(networks)
-        outputs = self._function(function, bool(networks))(as_tensors(batch, self.device), *options)
+        before = self._snapshot()
+        outputs = self._call(kind.function, as_tensors(batch, self.device), kind.options)
         gradients = [th.zeros_like(p) if p.grad is None else p.grad for p, place in recording.gradients if place is not None]
-        parts = [*outputs.values()], gradients, before.tensors
-        expected = [[tensor.detach().clone() for tensor in part] for part in parts]
+        expected = _copies([*outputs.values()], gradients, before.tensors)
         before.restore(keep_adam=True, undo=False)
         recording.inputs.fill(filled(batch))
         if self._again(kind) and self._agrees(kind, expected, before.tensors):
@@ -298,16 +274,10 @@ class Recorder(Closed):
             kind.forget("PyTorch's distributions refuse what they are given", 0)
         return done
 
-    def _function(self, function: Function, trains: bool) -> Callable[..., Values]:
-        """The function, with what is logged of it if it trains networks."""
-        if trains:
-            return lambda batch, *options: self._call(function, batch, options)
-        return lambda batch, *options: function(batch, *options) or {}
-
     @staticmethod
     def _results(recording: Recording, state: Sequence[th.Tensor]) -> list[list[th.Tensor]]:
         gradients = [gradient for _, gradient in recording.gradients if gradient is not None]
-        return [[tensor.detach().clone() for tensor in part] for part in ([*recording.outputs.values()], gradients, state)]
+        return _copies([*recording.outputs.values()], gradients, state)
 
     def _agrees(self, kind: Kind, expected: Sequence[Sequence[th.Tensor]], state: Sequence[th.Tensor]) -> bool:
         """Whether a replay came to what the function did; without that it is forgotten."""
@@ -321,6 +291,27 @@ class Recorder(Closed):
         recorded = [kind for kind in self._kinds.values() if kind.recording is not None]
         for kind in recorded[:-MOST_RECORDINGS]:
             kind.forget("others were used later", WARM_UP)
+
+
+def _copies(*parts: Sequence[th.Tensor]) -> list[list[th.Tensor]]:
+    return [[tensor.detach().clone() for tensor in part] for part in parts]
+
+
+def _made_and_read(
+    helpers: Sequence[tuple[Any, dict[str, Any]]], tape: Tape, used: Collection[Key] | None
+) -> tuple[list[Attribute], list[Attribute]]:
+    """Tensors that a function has put into objects, and those that it has read there, or may have."""
+    made: list[Attribute] = []
+    read: list[Attribute] = []
+    for helper, before in helpers:
+        for name, value in vars(helper).items():
+            if isinstance(value, th.Tensor):
+                stayed = value is before.get(name)
+                if not stayed and tape.has_made(value):
+                    made.append((vars(helper), name, value.detach()))
+                if stayed and (used is None or memory(value) in used):
+                    read.append((vars(helper), name, value))
+    return made, read
 
 
 def _tensors_in_value(value: Any) -> list[th.Tensor]:

@@ -15,8 +15,39 @@ from sb3_ac_ext.engine.rewrites import rewritten
 from sb3_ac_ext.engine.tape import RefusedError, Tape, UnmetError, memory
 
 Values = dict[str, th.Tensor]
+Attribute = tuple[dict[str, Any], str, th.Tensor]
+"""A dict of attributes, the name of one, and the tensor that it is."""
 TOLERANCE = 1e-4
 """Largest difference between a replay and the function itself, relative to the 2-norm, in fp32."""
+
+
+def leaves(batch: tuple[Any, ...]) -> Iterator[Any]:
+    """The parts of a batch, those of dicts one by one."""
+    for value in batch:
+        if isinstance(value, dict):
+            yield from value.values()
+        else:
+            yield value
+
+
+def filled(batch: tuple[Any, ...]) -> Sequence[Any]:
+    """The parts of a batch that are copied to a recording's inputs: its tensors and arrays."""
+    return [value for value in leaves(batch) if isinstance(value, (th.Tensor, np.ndarray))]
+
+
+def mapped(batch: tuple[Any, ...], function: Callable[[Any], Any]) -> Any:
+    """A batch of the same kind with other parts."""
+
+    def other(value: Any) -> Any:
+        return {key: other(part) for key, part in value.items()} if isinstance(value, dict) else function(value)
+
+    parts = [*map(other, batch)]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
+
+
+def as_tensors(batch: tuple[Any, ...], device: th.device) -> Any:
+    """A batch with its arrays as tensors."""
+    return mapped(batch, lambda value: th.as_tensor(value, device=device) if isinstance(value, np.ndarray) else value)
 
 
 class Inputs:
@@ -29,17 +60,14 @@ class Inputs:
 
     def __init__(self, batch: tuple[Any, ...], device: th.device) -> None:
         with th.inference_mode(False), th.no_grad():
-            parts = [_static(value, device) for value in batch]
-        self.batch = type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
-        places = list(leaves(self.batch))
-        self.tensors = [place for place in places if isinstance(place, th.Tensor)]
-        """Of each leaf of the batch that is a tensor or an array."""
+            self.batch = mapped(
+                as_tensors(batch, device), lambda value: value.detach().clone() if isinstance(value, th.Tensor) else value
+            )
+        self.tensors = filled(self.batch)
         self._arrays = [*map(_array, self.tensors)]
 
     def fill(self, values: Sequence[Any]) -> None:
-        """
-        :param values: the leaves of another batch that are tensors or arrays
-        """
+        """Copy another batch here, as it is `filled`."""
         for place, array, value in zip(self.tensors, self._arrays, values, strict=True):
             if array is not None and isinstance(value, np.ndarray):
                 array[...] = value
@@ -47,29 +75,9 @@ class Inputs:
                 place.copy_(th.as_tensor(value))
 
 
-def _static(value: Any, device: th.device) -> Any:
-    if isinstance(value, dict):
-        return {key: _static(part, device) for key, part in value.items()}
-    if isinstance(value, np.ndarray):
-        return th.tensor(value, device=device)
-    return value.detach().clone() if isinstance(value, th.Tensor) else value
-
-
 def _array(tensor: th.Tensor) -> np.ndarray | None:
     """A tensor's memory for numpy, which knows neither other devices nor bfloat16."""
     return tensor.detach().numpy() if tensor.device.type == "cpu" and tensor.dtype != th.bfloat16 else None
-
-
-def leaves(batch: tuple[Any, ...]) -> Iterator[Any]:
-    """
-    :param batch: see `Inputs`
-    :return: its parts, those of dicts one by one
-    """
-    for value in batch:
-        if isinstance(value, dict):
-            yield from value.values()
-        else:
-            yield value
 
 
 class Replay:
@@ -130,7 +138,7 @@ class Recording:
     :param outputs: that it writes, by their names
     :param gradients: parameters of the networks that the function trains, and where their gradients are, or None
     :param given: the same of those whose gradients it takes from another function
-    :param attributes: tensors that it has put into objects: where, under which name, and the tensor
+    :param attributes: tensors that it has put into objects
     """
 
     def __init__(
@@ -140,7 +148,7 @@ class Recording:
         outputs: Values,
         gradients: Sequence[tuple[nn.Parameter, th.Tensor | None]],
         given: Sequence[tuple[nn.Parameter, th.Tensor | None]] = (),
-        attributes: Sequence[tuple[dict[str, Any], str, th.Tensor]] = (),
+        attributes: Sequence[Attribute] = (),
     ) -> None:
         self.replay, self.inputs = replay, inputs
         self.outputs, self.gradients, self._given, self._attributes = outputs, gradients, given, attributes
@@ -149,16 +157,14 @@ class Recording:
 
     def run(self, values: Sequence[Any]) -> bool:
         """
-        :param values: the leaves of a batch that are tensors or arrays
+        :param values: of a batch, as it is `filled`
         :return: whether everything that was asked for on the way was true
         """
         self.inputs.fill(values)
         return self.again()
 
     def again(self) -> bool:
-        """
-        :return: as `run`, for the batch that is there; where something is not true the replay has stopped
-        """
+        """`run` for the batch that is there; where something is not true the replay has stopped."""
         try:
             self.replay()
         except UnmetError:
@@ -170,9 +176,7 @@ class Recording:
         return all(parameter.grad is gradient for parameter, gradient in self._given)
 
     def copies(self) -> dict[str, np.ndarray]:
-        """
-        :return: copies of the outputs of the last replay, by their names
-        """
+        """Copies of the outputs of the last replay, by their names."""
         arrays = self._arrays.items()
         return {name: self.outputs[name].cpu().numpy() if array is None else array.copy() for name, array in arrays}
 
@@ -270,27 +274,3 @@ def difference(values: Sequence[th.Tensor], expected: Sequence[th.Tensor]) -> fl
         absolute.append(apart)
         total += scale**2
     return max(min(one, float(10 * apart / total**0.5)) for one, apart in zip(relative, absolute, strict=True))
-
-
-def filled(batch: tuple[Any, ...]) -> Sequence[Any]:
-    """
-    :param batch: see `Inputs`
-    :return: its parts that are copied to a recording's inputs
-    """
-    return [value for value in leaves(batch) if isinstance(value, (th.Tensor, np.ndarray))]
-
-
-def as_tensors(batch: tuple[Any, ...], device: th.device) -> tuple[Any, ...]:
-    """
-    :param batch: see `Inputs`
-    :param device: where the function computes
-    :return: the batch with its arrays as tensors
-    """
-
-    def converted(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: converted(part) for key, part in value.items()}
-        return th.as_tensor(value, device=device) if isinstance(value, np.ndarray) else value
-
-    parts = [converted(value) for value in batch]
-    return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)

@@ -36,48 +36,30 @@ class UnmetError(Exception):
 
 
 def require(tensor: th.Tensor) -> None:
-    """
-    :param tensor: ``()`` boolean
-    :raises UnmetError: if it is false
-    """
+    """Raise an `UnmetError` if a boolean ``()`` is false."""
     if not tensor:
         raise UnmetError
 
 
 def require_equal(x: th.Tensor, y: th.Tensor) -> None:
-    """
-    ``require((x == y).all())`` at once.
-
-    :param x: any
-    :param y: of its shape and type
-    :raises UnmetError: if a number differs, or is NaN
-    """
+    """``require((x == y).all())`` at once, of two tensors of one shape and type."""
     if not th.equal(x, y):
         raise UnmetError
 
 
 def tensors(values: Any) -> list[th.Tensor]:
-    """
-    :param values: tensors in lists, tuples, dicts, or anything else
-    :return: the tensors
-    """
+    """The tensors in lists, tuples, dicts, or anything else."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, th.Tensor)]
 
 
 def memory(tensor: th.Tensor) -> Key:
-    """
-    :param tensor: with memory
-    :return: the key of its storage, the same for all of its views
-    """
+    """The key of a tensor's storage, the same for all of its views."""
     key: Key = tensor.untyped_storage()._cdata
     return key
 
 
 def whole(tensor: th.Tensor) -> th.Tensor:
-    """
-    :param tensor: with memory
-    :return: ``(n,)`` everything that is in its memory
-    """
+    """Everything that is in a tensor's memory, ``(n,)``."""
     numbers = tensor.untyped_storage().nbytes() // tensor.element_size()
     return tensor.detach().as_strided((numbers,), (1,), 0)
 
@@ -124,26 +106,15 @@ class Tape:
             yield
 
     def call(self, function: Callable[[], None]) -> None:
-        """
-        Call a function that is not looked into, now and at every replay.
-
-        :param function: that reads and writes external memory alone
-        """
+        """Call a function that reads and writes external memory alone and is not looked into, now and at every replay."""
         with self.pause():
             function()
         self.operations.append(Operation(function, (), {}, None))
 
     def require(self, tensor: th.Tensor) -> None:
-        """
-        :param tensor: a boolean that the function asked for, and went on as if it were true
-        """
+        """Note a boolean that the function asked for; it goes on as if it were true."""
         with self.pause():  # what the tape holds has not escaped
             self.operations.append(Operation(require, (tensor.detach(),), {}, None))
-
-    @property
-    def checks(self) -> list[th.Tensor]:
-        """The booleans that the function took to be true."""
-        return [operation.args[0] for operation in self.operations if operation.function is require]
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -155,17 +126,12 @@ class Tape:
             self.paused = before
 
     def watch(self, tensor: th.Tensor) -> None:
-        """
-        :param tensor: may be read and written from now on
-        """
+        """A tensor may be read and written from now on."""
         with self.pause():
             self.external[memory(tensor)] = tensor.detach()
 
     def has_made(self, tensor: th.Tensor) -> bool:
-        """
-        :param tensor: any
-        :return: whether it is in memory of a result
-        """
+        """Whether a tensor is in memory of a result."""
         return memory(tensor) in self._made
 
     def escaped(self) -> set[Key]:
@@ -173,12 +139,7 @@ class Tape:
         return {key for key, references in self._made.items() if any(one() is not None for one in references)}
 
     def check(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """
-        :param function: an operation that is about to be done
-        :param args: its arguments
-        :param kwargs: its arguments by name
-        :raises RefusedError: if it depends on values that a replay would not look at, or on memory that nobody watches
-        """
+        """Refuse an operation that depends on values that a replay would not look at, or on memory that nobody watches."""
         given = tensors((args, kwargs))
         if kwargs.get("generator") is not None:
             raise RefusedError(f"{function} draws from a generator of its own")
@@ -203,12 +164,7 @@ class Tape:
                     self._constants[memory(tensor)] = tensor.detach(), tensor.detach().clone()
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """
-        :param function: an operation that was done
-        :param args: its arguments
-        :param kwargs: its arguments by name
-        :param result: what it returned
-        """
+        """Note an operation that was done, and what it returned."""
         given = {memory(tensor) for tensor in tensors((args, kwargs))}
         if any(tensor.layout is not th.strided for tensor in tensors(result)):
             raise RefusedError(f"{function} returns a tensor of another layout")
