@@ -26,7 +26,7 @@ from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.returns import episode_discounts
 from sb3_ac_ext.functional.surrogates import normalized, squared_error
 from sb3_ac_ext.networks.actor_critic import SEPARATE_POLICIES, separate_optimizers
-from sb3_ac_ext.validation import check_keys, check_number, check_switch
+from sb3_ac_ext.validation import ArgumentError, check_keys, check_number, check_switch
 
 
 class Episodes(NamedTuple):
@@ -128,7 +128,7 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
             check_switch(name, getattr(self, name))
         for name, unset in {"bootstrap_truncated": False, "baseline_learning_rate": None}.items():
             if getattr(self, name) is not unset and not self.use_baseline:
-                raise ValueError(f"{name} needs use_baseline=True, got {getattr(self, name)!r} without it")
+                raise ArgumentError(f"{name} needs use_baseline=True, got {getattr(self, name)!r} without it")
         if self.max_rollout_steps is not None:
             check_number("max_rollout_steps", self.max_rollout_steps, low=1, integer=True)
         super()._check_arguments()
@@ -143,7 +143,7 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
         assert self.env is not None
         limit = time_limit(self.env)
         if self.max_rollout_steps is None and limit is None:
-            raise ValueError(
+            raise ArgumentError(
                 "max_rollout_steps must be an integer >= 1 for an environment without a time limit, whose episodes may never "
                 "end, got None; give it, or wrap the environment in gymnasium.wrappers.TimeLimit"
             )

@@ -15,7 +15,7 @@ from sb3_ac_ext.ac.policies import (
 )
 from sb3_ac_ext.base.arguments import check_bounded_actions, check_policy_class
 from sb3_ac_ext.networks.actor_critic import SEPARATE_POLICIES
-from sb3_ac_ext.validation import UnsupportedError, check_choice, check_number, check_switch
+from sb3_ac_ext.validation import ArgumentError, UnsupportedError, check_choice, check_number, check_switch
 
 V_POLICIES = tuple(SEPARATE_POLICIES.values())
 Q_POLICIES = (QMlpPolicy, QCnnPolicy, QMultiInputPolicy)
@@ -50,9 +50,9 @@ def check_ac_arguments(model: Any) -> None:
     if model.deterministic_policy:
         _check_deterministic(model)
     elif model.exploration_std:
-        raise ValueError(f"exploration_std needs deterministic_policy=True, got {model.exploration_std!r} without it")
+        raise ArgumentError(f"exploration_std needs deterministic_policy=True, got {model.exploration_std!r} without it")
     if model.critic == "q" and model.actor_trace_lambda:
-        raise ValueError(f'actor_trace_lambda needs critic="v", got {model.actor_trace_lambda!r} with critic="q"')
+        raise ArgumentError(f'actor_trace_lambda needs critic="v", got {model.actor_trace_lambda!r} with critic="q"')
     _check_policy(model)
 
 
@@ -61,10 +61,12 @@ def _check_deterministic(model: Any) -> None:
         raise UnsupportedError(f"deterministic_policy=True needs a Box of actions, got {model.action_space}")
     check_bounded_actions(model.action_space)
     if model.critic != "q":
-        raise ValueError(f'deterministic_policy=True needs critic="q" and its gradient by actions, got {model.critic!r}')
+        raise ArgumentError(f'deterministic_policy=True needs critic="q" and its gradient by actions, got {model.critic!r}')
     for name in ("critic_trace_lambda", "ent_coef", "use_sde"):
         if getattr(model, name):
-            raise ValueError(f"{name} needs a stochastic policy, got {getattr(model, name)!r} with deterministic_policy=True")
+            raise ArgumentError(
+                f"{name} needs a stochastic policy, got {getattr(model, name)!r} with deterministic_policy=True"
+            )
 
 
 def _check_policy(model: Any) -> None:
@@ -72,7 +74,7 @@ def _check_policy(model: Any) -> None:
     given = model.policy_class
     has = issubclass(given, QMlpPolicy), issubclass(given, DeterministicMlpPolicy)
     if has != (model.critic == "q", model.deterministic_policy):
-        raise ValueError(
+        raise ArgumentError(
             f"critic and deterministic_policy must be what the policy was made for, got {model.critic!r} and "
             f"{model.deterministic_policy} with {given}"
         )

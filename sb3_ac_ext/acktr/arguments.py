@@ -3,7 +3,7 @@
 from typing import Any
 
 from sb3_ac_ext.acktr.kfac_optimizer import check_options
-from sb3_ac_ext.validation import UnsupportedError, check_number, check_switch
+from sb3_ac_ext.validation import ArgumentError, UnsupportedError, check_number, check_switch
 
 
 def check_acktr_arguments(model: Any) -> None:
@@ -23,7 +23,7 @@ def check_acktr_arguments(model: Any) -> None:
         raise UnsupportedError("use_sde must be False: K-FAC has no block for gSDE's noise matrix, got True")
     for name in ("optimizer_class", "optimizer_kwargs"):
         if (model.policy_kwargs or {}).get(name) is not None:
-            raise ValueError(
+            raise ArgumentError(
                 f"policy_kwargs[{name!r}] must be left out: ACKTR's optimizer is K-FAC, whose options are arguments of ACKTR; "
                 f"got {model.policy_kwargs[name]!r}"
             )
@@ -36,7 +36,7 @@ def check_shared_arguments(model: Any) -> None:
     """
     for name in ("value_max_kl", "value_learning_rate"):
         if getattr(model, name) is not None:
-            raise ValueError(
+            raise ArgumentError(
                 f"{name} needs networks of their own for policy and value, whose steps are bounded together otherwise: set "
                 f"policy_kwargs=dict(share_features_extractor=False), or leave it out; got {getattr(model, name)!r}"
             )

@@ -20,7 +20,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import nn
 
 from sb3_ac_ext.base.typing import constructor_keys
-from sb3_ac_ext.validation import ArgumentTypeError, UnsupportedError, check_keys
+from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, UnsupportedError, check_keys
 
 LIBRARIES = (__name__.partition(".")[0], "stable_baselines3", "sb3_contrib")
 """Whose policies are made for certain algorithms."""
@@ -231,7 +231,22 @@ class CheckpointMixin(BaseAlgorithm):
             order = [id(parameter) for parameter in owner.parameters() if id(parameter) in everything]
             shares = [[order.index(key) for key in part] for part in parts.values()]
             translated.update(zip(parts, split_optimizer_state(translated.pop(joint), shares), strict=True))
+        for name, state in translated.items():
+            self._check_optimizer(name, state)
         return translated
+
+    def _check_optimizer(self, name: str, state: Any) -> None:
+        """
+        :raises ArgumentError: for a state of another kind of optimizer than ours, whose options are others
+        """
+        optimizer = recursive_getattr(self, name, None)
+        if isinstance(optimizer, th.optim.Optimizer) and isinstance(state, dict) and "param_groups" in state:
+            saved, own = set(state["param_groups"][0]) - {"params"}, set(optimizer.defaults)
+            if own - saved and saved - own:
+                raise ArgumentError(
+                    f"{name} must be the state of a {type(optimizer).__name__} with the options {', '.join(sorted(own))}, "
+                    f"got one with {', '.join(sorted(saved))}"
+                )
 
     def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """

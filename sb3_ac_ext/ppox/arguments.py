@@ -3,7 +3,7 @@
 from typing import Any
 
 from sb3_ac_ext.base.schedules import as_schedule
-from sb3_ac_ext.validation import check_choice, check_number, check_switch
+from sb3_ac_ext.validation import ArgumentError, check_choice, check_number, check_switch
 
 PENALTY_ONLY = ("kl_target", "kl_coef")
 SEPARATE_ONLY = (
@@ -33,7 +33,7 @@ def check_clip_range_is_default(clip_range: Any) -> None:
     """
     schedule = as_schedule("clip_range", clip_range)
     if {schedule(1.0), schedule(0.0)} != {0.2}:
-        raise ValueError(f'clip_range is an option of surrogate="clip", got {clip_range!r} with surrogate="penalty"')
+        raise ArgumentError(f'clip_range is an option of surrogate="clip", got {clip_range!r} with surrogate="penalty"')
 
 
 def check_ppox_arguments(model: Any) -> None:
@@ -70,21 +70,23 @@ def _check_optional(model: Any, low: float, high: float, *names: str) -> None:
 
 def _check_value_clipping(model: Any) -> None:
     if model.clip_range_vf is None and model.clip_range_vf_mode != "clipped":
-        raise ValueError(f"clip_range_vf_mode={model.clip_range_vf_mode!r} needs clip_range_vf, got None")
+        raise ArgumentError(f"clip_range_vf_mode={model.clip_range_vf_mode!r} needs clip_range_vf, got None")
     if model.clip_range_vf is not None and model.clip_range_vf(1.0) == 0:
-        raise ValueError("clip_range_vf must be > 0, or None for no clipping, got 0")
+        raise ArgumentError("clip_range_vf must be > 0, or None for no clipping, got 0")
 
 
 def _check_combinations(model: Any) -> None:
     for name in PENALTY_ONLY:
         if model.surrogate == "clip" and getattr(model, name) is not None:
-            raise ValueError(f'{name} is an option of surrogate="penalty", got {getattr(model, name)!r} with surrogate="clip"')
+            raise ArgumentError(
+                f'{name} is an option of surrogate="penalty", got {getattr(model, name)!r} with surrogate="clip"'
+            )
     if model.target_kl is not None and model.kl_stop is not None:
-        raise ValueError(f"target_kl and kl_stop exclude each other, got {model.target_kl} and {model.kl_stop}")
+        raise ArgumentError(f"target_kl and kl_stop exclude each other, got {model.target_kl} and {model.kl_stop}")
     if model.separate_phases:
         return
     for name in SEPARATE_ONLY:
         if getattr(model, name) is not None:
-            raise ValueError(f"{name} needs separate_phases=True, got {getattr(model, name)!r} without it")
+            raise ArgumentError(f"{name} needs separate_phases=True, got {getattr(model, name)!r} without it")
     if model.kl_stop_scope == "policy":
-        raise ValueError('kl_stop_scope="policy" needs separate_phases=True, got it without')
+        raise ArgumentError('kl_stop_scope="policy" needs separate_phases=True, got it without')

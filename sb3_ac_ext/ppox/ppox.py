@@ -35,6 +35,7 @@ from sb3_ac_ext.functional.surrogates import (
 )
 from sb3_ac_ext.networks.actor_critic import describe, kl_divergence, separate_optimizers
 from sb3_ac_ext.ppox.arguments import check_clip_range_is_default, check_ppox_arguments, check_sizes
+from sb3_ac_ext.validation import ArgumentError
 
 KL_TARGET = 0.01
 KL_COEF = 1.0
@@ -367,5 +368,5 @@ class PPOX(OnPolicyMixin, PPO):
 
     def _translated_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
         if "policy.value_optimizer" in parameters and not self.separate_phases:
-            raise ValueError("separate_phases must stay True for a model with two optimizers, got False")
+            raise ArgumentError("separate_phases must stay True for a model with two optimizers, got False")
         return super()._translated_parameters(parameters)
