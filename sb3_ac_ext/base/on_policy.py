@@ -10,12 +10,13 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.distributions import Distribution, StateDependentNoiseDistribution
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
+from torch.distributions import Normal
 
 from sb3_ac_ext.base.arguments import check_on_policy_arguments, warn_of_endless_episodes
 from sb3_ac_ext.base.checkpoint import CheckpointMixin
@@ -27,7 +28,7 @@ from sb3_ac_ext.engine import Engine, Outputs
 from sb3_ac_ext.validation import NonFiniteError, check_keys, translated_assertions
 
 AUTOMATIC_BUFFERS = (RolloutBuffer, DictRolloutBuffer)
-"""What SB3 chooses when no class is given, and stores in its zips as if it had been."""
+"""What SB3 chooses when no class is given, for arrays and for dicts, and stores in its zips as if it had been."""
 ROWS = 8192
 """Samples that are evaluated together at most where a whole rollout is, which bounds the memory of the layers' outputs."""
 
@@ -77,10 +78,12 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         self._check_policy_class()
         self._check_arguments()
-        if self.rollout_buffer_class in AUTOMATIC_BUFFERS:
+        if self.rollout_buffer_class is AUTOMATIC_BUFFERS[isinstance(self.observation_space, spaces.Dict)]:
             self.rollout_buffer_class = None
         with translated_assertions(self):
             super()._setup_model()
+        if isinstance(noise := getattr(self.policy, "action_dist", None), StateDependentNoiseDistribution):
+            _detach(noise)
         self._buffer_discounts = float(self.gamma), float(self.gae_lambda)
         self._make_optimizers()
         self._setup_engine()
@@ -354,6 +357,12 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_kept", "_buffer_discounts"]
+
+
+def _detach(noise: StateDependentNoiseDistribution) -> None:
+    """Leave the graph behind gSDE's first noise, which cannot be copied with the policy."""
+    noise.exploration_mat, noise.exploration_matrices = noise.exploration_mat.detach(), noise.exploration_matrices.detach()
+    noise.weights_dist = Normal(noise.weights_dist.loc, noise.weights_dist.scale.detach())
 
 
 def truncated(dones: np.ndarray, infos: list[dict[str, Any]]) -> Iterator[tuple[int, Any]]:
