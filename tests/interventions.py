@@ -10,11 +10,27 @@ from unittest import mock
 import numpy as np
 import torch as th
 import torch.multiprocessing  # registers how tensors are sent to processes
-from models import Fading, Wary
-from stable_baselines3.common.buffers import ReplayBuffer
+from models import (
+    BY_ADAM,
+    CRITICS,
+    EVERY,
+    OFF_POLICY,
+    ON_POLICY,
+    ONE_AGENT,
+    SB3,
+    SB3_OFF_POLICY,
+    SB3_ON_POLICY,
+    VARIANTS,
+    WITH_ALPHA,
+    Fading,
+    Wary,
+    taking,
+)
+from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.save_util import recursive_setattr
-from subjects import OFF_POLICY, ONE_AGENT, Intervention, Subject
+from stable_baselines3.common.torch_layers import MlpExtractor
+from subjects import Intervention, Subject
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, parametrizations, vector_to_parameters
@@ -24,11 +40,13 @@ INTERVENTIONS: dict[str, Intervention] = {}
 
 
 def intervention(**kwargs: Any) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
-    """Enter a function into the table under its name."""
+    """Enter a function into the table under its name, for rows that there are of its variant."""
+    known = VARIANTS[kwargs.get("variant", "mlp")].rows
 
     def enter(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
         name = function.__name__.replace("_", " ")
-        INTERVENTIONS[name] = Intervention(name, function, **kwargs)
+        rows = tuple(row for row in kwargs.get("rows", EVERY) if row in known)
+        INTERVENTIONS[name] = Intervention(name, function, **{**kwargs, "rows": rows})
         return function
 
     return enter
@@ -89,9 +107,15 @@ def no_gradients(subject: Subject) -> None:
         parameter.grad = None
 
 
-@intervention(variant="batch norm", rows=ONE_AGENT)
+@intervention(variant="batch norm", rows=OFF_POLICY)
 def new_memory_of_running_statistics(subject: Subject) -> None:
     """SB3 keeps what it had, and the targets' statistics follow no more."""
+    for buffer in subject.model.policy.buffers():
+        buffer.data = buffer.data.clone()
+
+
+@intervention(variant="batch norm", rows=ON_POLICY, acts=False)
+def new_memory_of_statistics_without_a_target(subject: Subject) -> None:
     for buffer in subject.model.policy.buffers():
         buffer.data = buffer.data.clone()
 
@@ -99,25 +123,37 @@ def new_memory_of_running_statistics(subject: Subject) -> None:
 # Numbers, of every type that SB3 takes for them
 
 
-def number(name: str, start: float, value: float, rows: tuple[str, ...], *, arrays: bool = False, **kwargs: Any) -> None:
+def number(
+    name: str,
+    start: float,
+    value: float,
+    rows: tuple[str, ...],
+    *,
+    arrays: tuple[str, ...] = (),
+    tensors: bool = True,
+    **kwargs: Any,
+) -> None:
     """
     Enter an intervention for each type that an attribute's value can be of, and for filling it in place.
 
     :param start: before
     :param value: after
-    :param arrays: whether SB3 takes arrays of no dimension
+    :param arrays: the rows that take arrays of no dimension, as SB3 does
+    :param tensors: whether SB3 takes tensors
     """
     where, attribute = ("actor", name[6:]) if name.startswith("actor.") else ("", name)
     scalar = np.int32 if isinstance(value, int) else np.float32
-    known = kwargs.pop("sb3", True)
+    known = kwargs.pop("sb3", tuple(SB3))
 
     def owner(subject: Subject) -> Any:
         return getattr(subject.model, where) if where else subject.model
 
     def enter(how: str, do: Callable[[Subject], None], before: Callable[[Subject], None] | None = None) -> None:
         title = f"{name} {how}"
-        sb3 = known and not how.endswith("array")  # which rounds otherwise, as it is of float64
-        INTERVENTIONS[title] = Intervention(title, do, rows=rows, before=before, sb3=sb3, **kwargs)
+        others = how.endswith("array") or (how.endswith("tensor") and not tensors)  # arrays round otherwise, being of float64
+        sb3 = () if others else known
+        own = arrays if how.endswith("array") else rows
+        INTERVENTIONS[title] = Intervention(title, do, rows=own, before=before, sb3=sb3, **kwargs)
 
     def setter(kind: Callable[[Any], Any], number: float) -> Callable[[Subject], None]:
         return lambda subject: setattr(owner(subject), attribute, kind(number))
@@ -133,33 +169,41 @@ def number(name: str, start: float, value: float, rows: tuple[str, ...], *, arra
         enter("in an array", fill, setter(np.array, start))
 
 
+REMEMBERING = tuple(row for row in EVERY if row != "ac")
+"""Rows that learn from more than the last step."""
 SMOOTHED = (("target_policy_noise", 0.5),)
 TWICE = (("gradient_steps", 2),)
 
-number("tau", 0.01, 0.3, OFF_POLICY)
-number("gamma", 0.99, 0.5, OFF_POLICY, arrays=True)
-number("target_policy_noise", 0.2, 0.8, ("td3x", "maddpg"))
-number("target_noise_clip", 0.5, 0.05, ("td3x", "maddpg"), changes=SMOOTHED)
-number("policy_delay", 2, 3, ("td3x", "maddpg"), arrays=True)
-number("target_update_interval", 1, 2, ("sacx",), arrays=True, changes=TWICE)
-number("target_update_every", 1, 3, ("sacx",), arrays=True, sb3=False)
-number("critic_weight_decay", 0.0, 0.5, ("ddpgx",), sb3=False)
-number("logit_penalty", 0.0, 0.5, ("maddpg",))
-number("actor.temperature", 1.0, 3.0, ("maddpg",))
+number("tau", 0.01, 0.3, taking("tau"))
+number("gamma", 0.99, 0.5, EVERY, arrays=REMEMBERING, sb3=SB3_OFF_POLICY)
+number("gae_lambda", 0.95, 0.3, taking("gae_lambda"), arrays=taking("gae_lambda"), sb3=())
+number("ent_coef", 0.0, 0.5, ON_POLICY)
+number("vf_coef", 0.5, 2.0, taking("vf_coef", "clip_range"))
+number("max_grad_norm", 0.5, 1e-3, tuple(row for row in taking("max_grad_norm") if row in ON_POLICY))
+number("target_kl", 100.0, 1e-5, taking("target_kl"), tensors=False)
+number("n_epochs", 2, 3, taking("n_epochs"))
+number("target_policy_noise", 0.2, 0.8, taking("target_policy_noise"))
+number("target_noise_clip", 0.5, 0.05, taking("target_noise_clip"), changes=SMOOTHED)
+number("policy_delay", 2, 3, taking("policy_delay"), arrays=taking("policy_delay"))
+number("target_update_interval", 1, 2, WITH_ALPHA, arrays=WITH_ALPHA, changes=TWICE)
+number("target_update_every", 1, 3, WITH_ALPHA, arrays=WITH_ALPHA, sb3=())
+number("critic_weight_decay", 0.0, 0.5, taking("critic_weight_decay"), sb3=())
+number("logit_penalty", 0.0, 0.5, taking("logit_penalty"))
+number("actor.temperature", 1.0, 3.0, taking("logit_penalty"))
 
 
-@intervention(turns=4)
+@intervention(rows=taking("batch_size"), turns=4)
 def batch_size(subject: Subject) -> None:
     subject.model.batch_size = (4, np.int32(12), np.int64(5), 8)[subject.turn]
 
 
-@intervention(rows=("sacx",), turns=3)
+@intervention(rows=WITH_ALPHA, turns=3)
 def target_entropy(subject: Subject) -> None:
     """SB3 asserts a float, of which NumPy's of 64 bits is a subclass."""
     subject.model.target_entropy = (-0.5, np.float64(-20.0), 3.0)[subject.turn]
 
 
-@intervention(rows=("sacx",), changes=(("ent_coef", 0.2),), turns=4)
+@intervention(rows=WITH_ALPHA, changes=(("ent_coef", 0.2),), turns=4)
 def ent_coef_tensor(subject: Subject) -> None:
     if subject.turn == 1:
         subject.model.ent_coef_tensor.fill_(0.02)
@@ -167,30 +211,30 @@ def ent_coef_tensor(subject: Subject) -> None:
         subject.model.ent_coef_tensor = (th.tensor(2.0), None, th.tensor([0.5]), np.float32(0.1))[subject.turn]
 
 
-@intervention(rows=("sacx",))
+@intervention(rows=WITH_ALPHA)
 def log_ent_coef_filled(subject: Subject) -> None:
     subject.model.log_ent_coef.data.fill_(-3.0)
 
 
-@intervention(rows=("sacx",), acts=False)
+@intervention(rows=WITH_ALPHA, acts=False)
 def log_ent_coef_moved(subject: Subject) -> None:
     subject.model.log_ent_coef.data = subject.model.log_ent_coef.data.clone()
 
 
-@intervention(rows=("sacx",))
+@intervention(rows=WITH_ALPHA)
 def log_ent_coef_replaced(subject: Subject) -> None:
     """Which the optimizer does not train."""
     subject.model.log_ent_coef = th.full((1,), -3.0, requires_grad=True)
 
 
-@intervention(rows=("sacx",), sb3=False)
+@intervention(rows=WITH_ALPHA, sb3=())
 def exact_log_prob(subject: Subject) -> None:
     """The two densities differ by 1e-6 of what lies at the limits, so actions go there."""
     subject.model.exact_log_prob = True
     subject.layer("actor", -2).bias.data.fill_(5.0)
 
 
-@intervention(rows=("td3x", "maddpg"), error=TypeError)
+@intervention(rows=taking("tau", "policy_delay"), error=TypeError)
 def text_for_a_number(subject: Subject) -> None:
     subject.model.tau = "0.5"
 
@@ -203,35 +247,40 @@ def an_array_where_torch_takes_none(subject: Subject) -> None:
 BOUNDS = (("max_grad_norm", {"critic": 1.0}),)
 
 
-@intervention(sb3=False, rows=("td3x", "ddpgx", "maddpg"), changes=BOUNDS, turns=3)
+WITH_ACTOR_AND_CRITIC = tuple(row for row in OFF_POLICY if row not in WITH_ALPHA)
+
+
+@intervention(sb3=(), rows=WITH_ACTOR_AND_CRITIC, changes=BOUNDS, turns=3)
 def entry_of_max_grad_norm(subject: Subject) -> None:
     subject.model.max_grad_norm["critic"] = (1e-3, np.float32(1e-2), th.tensor(1e-4))[subject.turn]
 
 
-@intervention(sb3=False, rows=("td3x", "ddpgx", "maddpg"), changes=BOUNDS)
+@intervention(sb3=(), rows=WITH_ACTOR_AND_CRITIC, changes=BOUNDS)
 def another_entry_of_max_grad_norm(subject: Subject) -> None:
     subject.model.max_grad_norm["actor"] = 1e-3
 
 
-@intervention(sb3=False, turns=5)
+@intervention(sb3=(), rows=taking("max_grad_norm"), turns=5)
 def max_grad_norm(subject: Subject) -> None:
-    subject.model.max_grad_norm = (1e-3, np.float32(1e-2), th.tensor(1e-4), {"actor": 1e-3}, None)[subject.turn]
+    """The last but one bounds the first network only."""
+    first = next(iter(subject.model._networks()))
+    subject.model.max_grad_norm = (1e-3, np.float32(1e-2), th.tensor(1e-4), {first: 1e-3}, None)[subject.turn]
 
 
 NOISE = (("exploration_noise", {"type": "normal", "start": 0.5}),)
 
 
-@intervention(sb3=False, changes=NOISE)
+@intervention(sb3=(), rows=OFF_POLICY, changes=NOISE)
 def exploration_noise(subject: Subject) -> None:
     subject.model.exploration_noise = {"type": "ornstein-uhlenbeck", "start": 0.1, "dt": 1.0}
 
 
-@intervention(sb3=False, changes=NOISE)
+@intervention(sb3=(), rows=OFF_POLICY, changes=NOISE)
 def entry_of_exploration_noise(subject: Subject) -> None:
     subject.model.exploration_noise["start"] = np.float32(0.1)
 
 
-@intervention(sb3=False, changes=NOISE)
+@intervention(sb3=(), rows=OFF_POLICY, changes=NOISE)
 def no_exploration_noise(subject: Subject) -> None:
     subject.model.exploration_noise = None
 
@@ -239,12 +288,12 @@ def no_exploration_noise(subject: Subject) -> None:
 ACTION_NOISE = (("action_noise", NormalActionNoise(np.zeros(2), 0.1 * np.ones(2))),)
 
 
-@intervention(rows=ONE_AGENT, changes=ACTION_NOISE)
+@intervention(rows=CRITICS, changes=ACTION_NOISE)
 def action_noise(subject: Subject) -> None:
     subject.model.action_noise = NormalActionNoise(np.zeros(2), np.ones(2))
 
 
-@intervention(rows=ONE_AGENT, changes=ACTION_NOISE)
+@intervention(rows=CRITICS, changes=ACTION_NOISE)
 def sigma_of_action_noise(subject: Subject) -> None:
     subject.model.action_noise._sigma = np.full(2, 0.7)
 
@@ -254,12 +303,12 @@ def rate(subject: Subject) -> None:
     subject.model.lr_schedule = lambda _: 1e-4
 
 
-@intervention(turns=2)
+@intervention(rows=OFF_POLICY, turns=2)
 def gradient_steps(subject: Subject) -> None:
     subject.model.gradient_steps = (3, 1)[subject.turn]
 
 
-@intervention(variant="dropout", rows=ONE_AGENT, draws=True)
+@intervention(variant="dropout", draws=True)
 def number_of_a_layer(subject: Subject) -> None:
     for layer in subject.model.policy.modules():
         if isinstance(layer, nn.Dropout):
@@ -275,7 +324,7 @@ def edited_in_place(subject: Subject) -> None:
         subject.layer("actor").weight.mul_(1.5)
 
 
-@intervention()
+@intervention(rows=OFF_POLICY)
 def target_edited_in_place(subject: Subject) -> None:
     with th.no_grad():
         for parameter in subject.model.critic_target.parameters():
@@ -288,9 +337,9 @@ def weights_loaded(subject: Subject) -> None:
     subject.model.policy.load_state_dict({name: 0.9 * value for name, value in state.items()})
 
 
-@intervention()
+@intervention(rows=BY_ADAM)
 def weights_assigned(subject: Subject) -> None:
-    """The networks' parameters are then not the optimizers'."""
+    """The networks' parameters are then not the optimizers'; K-FAC says so."""
     state = subject.model.policy.state_dict()
     subject.model.policy.load_state_dict({name: 0.9 * value for name, value in state.items()}, assign=True)
 
@@ -324,13 +373,14 @@ def other_parameter(subject: Subject) -> None:
     subject.trains(old, layer.weight)
 
 
-@intervention()
+@intervention(sb3=SB3_OFF_POLICY)
 def other_parameter_that_is_not_trained(subject: Subject) -> None:
+    """On-policy, SB3 bounds the gradient together with that of parameters that it does not train."""
     layer = subject.layer("critic")
     layer.weight = nn.Parameter(0.5 * layer.weight.detach())
 
 
-@intervention()
+@intervention(rows=OFF_POLICY)
 def other_parameter_of_a_target(subject: Subject) -> None:
     parent = next(module for module in subject.model.critic_target.modules() if isinstance(module, nn.Linear))
     parent.weight = nn.Parameter(0.5 * parent.weight.detach(), requires_grad=False)
@@ -349,7 +399,7 @@ def other_layer(subject: Subject) -> None:
         subject.trains(before, after)
 
 
-@intervention()
+@intervention(sb3=SB3_OFF_POLICY)
 def other_layer_that_is_not_trained(subject: Subject) -> None:
     parent, key = subject.linear("critic")
     new = copy.deepcopy(getattr(parent, key))
@@ -385,7 +435,7 @@ def activation_that_counts(subject: Subject) -> None:
     setattr(parent, key, Fading())
 
 
-@intervention(sb3=False)
+@intervention(rows=OFF_POLICY, sb3=())
 def other_networks(subject: Subject) -> None:
     for name in ("actor", "critic"):
         network = copy.deepcopy(getattr(subject.model, name))
@@ -405,8 +455,9 @@ def tied_streams(subject: Subject) -> None:
 @intervention(rows=ONE_AGENT, draws=True)
 def spectral_norm(subject: Subject) -> None:
     """Its buffers change with every forward pass in training mode."""
-    for critic in (subject.model.critic, subject.model.critic_target):
-        parametrizations.spectral_norm(critic.qf0[0])
+    targets = [subject.model.critic_target.qf0[0]] if subject.row in OFF_POLICY else []
+    for layer in (subject.layer("critic"), *targets):
+        parametrizations.spectral_norm(layer)
 
 
 @intervention()
@@ -421,23 +472,23 @@ def frozen_layer(subject: Subject) -> None:
 
 @intervention()
 def frozen_actor(subject: Subject) -> None:
-    subject.model.actor.requires_grad_(False)
+    subject.part("actor").requires_grad_(False)
 
 
-@intervention(sb3=False)
+@intervention(sb3=SB3_ON_POLICY)
 def frozen_critic(subject: Subject) -> None:
-    """SB3 raises; the actor can learn from a critic that does not."""
-    subject.model.critic.requires_grad_(False)
+    """SB3 raises off-policy; the actor can learn from a critic that does not."""
+    subject.part("critic").requires_grad_(False)
 
 
-@intervention(sb3=False, rows=("sacx",))
+@intervention(sb3=(), rows=WITH_ALPHA)
 def frozen_entropy_coefficient(subject: Subject) -> None:
     subject.model.log_ent_coef.requires_grad_(False)
 
 
 @intervention(turns=2)
 def frozen_for_a_while(subject: Subject) -> None:
-    subject.model.actor.requires_grad_(subject.turn == 1)
+    subject.part("actor").requires_grad_(subject.turn == 1)
 
 
 # Hooks
@@ -483,7 +534,7 @@ def post_accumulate_hook(subject: Subject) -> None:
         assert parameter.grad is not None
         parameter.grad.mul_(0.5)
 
-    subject.layer("actor").weight.register_post_accumulate_grad_hook(subject.count("hook", halve))
+    subject.layer("critic").weight.register_post_accumulate_grad_hook(subject.count("hook", halve))
 
 
 @intervention(counts=True)
@@ -559,20 +610,20 @@ def own_adam(subject: Subject) -> None:
     replace_optimizers(subject, lambda parameters, lr: Halved(parameters, lr, eps=1e-2))
 
 
-@intervention()
+@intervention(rows=BY_ADAM)
 def betas(subject: Subject) -> None:
     for optimizer in subject.optimizers().values():
         optimizer.param_groups[0]["betas"] = (0.5, 0.9)
 
 
-@intervention(turns=3)
+@intervention(rows=BY_ADAM, turns=3)
 def options_of_adam(subject: Subject) -> None:
     name, value = (("weight_decay", 0.5), ("maximize", True), ("eps", 1.0))[subject.turn]
     for optimizer in subject.optimizers().values():
         optimizer.param_groups[0][name] = value
 
 
-@intervention()
+@intervention(rows=BY_ADAM)
 def a_group_for_each_parameter(subject: Subject) -> None:
     for optimizer in subject.optimizers().values():
         (group,) = optimizer.param_groups
@@ -587,7 +638,7 @@ def optimizers_loaded(subject: Subject) -> None:
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
-@intervention()
+@intervention(rows=BY_ADAM)
 def moments_edited(subject: Subject) -> None:
     for optimizer in subject.optimizers().values():
         for state in optimizer.state.values():
@@ -600,7 +651,7 @@ def moments_forgotten(subject: Subject) -> None:
         optimizer.state.clear()
 
 
-@intervention()
+@intervention(rows=BY_ADAM)
 def counters_set(subject: Subject) -> None:
     """A first step's correction of the moments, for some of the parameters."""
     for optimizer in subject.optimizers().values():
@@ -610,7 +661,7 @@ def counters_set(subject: Subject) -> None:
 
 @intervention(counts=True)
 def step_replaced(subject: Subject) -> None:
-    optimizer = subject.optimizers()["actor.optimizer"]
+    optimizer = next(iter(subject.optimizers().values()))
     optimizer.step = subject.count("step")  # type: ignore[method-assign]  # which makes none
 
 
@@ -627,17 +678,17 @@ def scaled(method: Callable[..., Any], factor: float = 0.9) -> Callable[..., Any
     return replacement
 
 
-@intervention()
+@intervention(rows=OFF_POLICY)
 def forward_of_the_critic(subject: Subject) -> None:
     subject.model.critic.forward = scaled(subject.model.critic.forward)
 
 
-@intervention()
+@intervention(rows=OFF_POLICY)
 def forward_of_the_actor(subject: Subject) -> None:
     subject.model.actor.forward = scaled(subject.model.actor.forward)
 
 
-@intervention()
+@intervention(rows=OFF_POLICY)
 def forward_of_the_target(subject: Subject) -> None:
     subject.model.critic_target.forward = scaled(subject.model.critic_target.forward)
 
@@ -648,12 +699,12 @@ def forward_of_a_layer(subject: Subject) -> None:
     layer.forward = scaled(layer.forward)
 
 
-@intervention(rows=("td3x", "ddpgx", "maddpg"))
+@intervention(rows=WITH_ACTOR_AND_CRITIC)
 def first_stream_alone(subject: Subject) -> None:
     subject.model.critic.q1_forward = scaled(subject.model.critic.q1_forward)
 
 
-@intervention(rows=("sacx",))
+@intervention(rows=WITH_ALPHA)
 def density_of_the_actor(subject: Subject) -> None:
     original = subject.model.actor.action_log_prob
 
@@ -668,7 +719,7 @@ def patched(subject: Subject, owner: Any, name: str, replacement: Callable[..., 
     subject.undo.enter_context(mock.patch.object(owner, name, replacement))
 
 
-@intervention()
+@intervention(rows=OFF_POLICY)
 def forward_of_the_critics_class(subject: Subject) -> None:
     cls = type(subject.model.critic)
     patched(subject, cls, "forward", scaled(cls.forward))
@@ -681,7 +732,8 @@ def forward_of_linear_layers(subject: Subject) -> None:
 
 @intervention()
 def forward_of_activations(subject: Subject) -> None:
-    patched(subject, nn.ReLU, "forward", lambda self, x: F.leaky_relu(x, 0.5))
+    parent, key = subject.activation("critic")
+    patched(subject, type(getattr(parent, key)), "forward", lambda self, x: F.leaky_relu(x, 0.5))
 
 
 @intervention()
@@ -690,7 +742,7 @@ def class_of_a_layer(subject: Subject) -> None:
     layer.__class__ = type("Scaled", (type(layer),), {"forward": scaled(type(layer).forward)})
 
 
-@intervention()
+@intervention(rows=OFF_POLICY)
 def class_of_the_critic(subject: Subject) -> None:
     critic = subject.model.critic
     critic.__class__ = type("Scaled", (type(critic),), {"forward": scaled(type(critic).forward)})
@@ -724,7 +776,7 @@ COMPILED: dict[str, Any] = {"acts": False, "ways": ("callback",)}
 """Once is enough, it takes a while."""
 
 
-@intervention(**COMPILED)
+@intervention(**COMPILED, rows=OFF_POLICY)
 def compiled_critic(subject: Subject) -> None:
     subject.model.critic.forward = compiled(subject, subject.model.critic.forward)
 
@@ -740,38 +792,39 @@ def compiled_in_place(subject: Subject) -> None:
     subject.model.critic.compile(backend="eager")
 
 
-# Replay
+# Replay buffers and rollouts
 
 
-def negate_rewards(buffer: ReplayBuffer, in_place: bool) -> None:
+def negate_rewards(subject: Subject, in_place: bool) -> None:
     """Those of the agents where there are several."""
+    buffer = subject.model.replay_buffer if subject.row in OFF_POLICY else subject.model.rollout_buffer
     name = "agent_rewards" if hasattr(buffer, "agent_rewards") else "rewards"
     rewards = getattr(buffer, name)
     setattr(buffer, name, np.negative(rewards, out=rewards if in_place else None))
 
 
-@intervention()
+@intervention(rows=REMEMBERING, turns=2)
 def rewards_edited(subject: Subject) -> None:
-    negate_rewards(subject.model.replay_buffer, in_place=True)
+    negate_rewards(subject, in_place=True)
 
 
-@intervention()
+@intervention(rows=REMEMBERING, turns=2)
 def rewards_replaced(subject: Subject) -> None:
-    negate_rewards(subject.model.replay_buffer, in_place=False)
+    negate_rewards(subject, in_place=False)
 
 
-@intervention()
+@intervention(rows=OFF_POLICY)
 def other_buffer(subject: Subject) -> None:
     subject.model.replay_buffer = copy.deepcopy(subject.model.replay_buffer)
-    negate_rewards(subject.model.replay_buffer, in_place=True)
+    negate_rewards(subject, in_place=True)
 
 
-@intervention()
+@intervention(rows=OFF_POLICY)
 def emptied_buffer(subject: Subject) -> None:
     subject.model.replay_buffer.reset()
 
 
-@intervention()
+@intervention(rows=OFF_POLICY)
 def draws_of_the_buffer(subject: Subject) -> None:
     original = subject.model.replay_buffer.sample
 
@@ -782,6 +835,204 @@ def draws_of_the_buffer(subject: Subject) -> None:
     subject.model.replay_buffer.sample = sample
 
 
+# Actor-critic policies, between two actions of a rollout
+
+
+@intervention(rows=ON_POLICY)
+def log_std_filled(subject: Subject) -> None:
+    subject.model.policy.log_std.data.fill_(-2.0)
+
+
+@intervention(rows=ON_POLICY, acts=False)
+def log_std_moved(subject: Subject) -> None:
+    subject.model.policy.log_std.data = subject.model.policy.log_std.data.clone()
+
+
+@intervention(rows=ON_POLICY)
+def log_std_replaced(subject: Subject) -> None:
+    old = subject.model.policy.log_std
+    subject.model.policy.log_std = nn.Parameter(old.detach() - 1)
+    subject.trains(old, subject.model.policy.log_std)
+
+
+@intervention(rows=ON_POLICY, sb3=())
+def log_std_replaced_by_one_that_is_not_trained(subject: Subject) -> None:
+    subject.model.policy.log_std = nn.Parameter(subject.model.policy.log_std.detach() - 1)
+
+
+@intervention(rows=ON_POLICY)
+def frozen_log_std(subject: Subject) -> None:
+    subject.model.policy.log_std.requires_grad_(False)
+
+
+def replace_layer(subject: Subject, name: str, which: int, trained: bool) -> None:
+    parent, key = subject.linear(name, which)
+    old = getattr(parent, key)
+    new = copy.deepcopy(old)
+    for parameter in new.parameters():
+        parameter.data.mul_(0.5)
+    setattr(parent, key, new)
+    for before, after in zip(old.parameters(), new.parameters(), strict=True) if trained else ():
+        subject.trains(before, after)
+
+
+@intervention(rows=ON_POLICY)
+def other_action_net(subject: Subject) -> None:
+    replace_layer(subject, "actor", -1, trained=True)
+
+
+@intervention(rows=ON_POLICY)
+def other_value_net(subject: Subject) -> None:
+    replace_layer(subject, "critic", -1, trained=True)
+
+
+@intervention(rows=ON_POLICY, sb3=())
+def value_net_that_is_not_trained(subject: Subject) -> None:
+    replace_layer(subject, "critic", -1, trained=False)
+
+
+@intervention(rows=ON_POLICY, sb3=())
+def other_mlp_extractor(subject: Subject) -> None:
+    """Which the optimizer does not train."""
+    layers = copy.deepcopy(subject.model.policy.mlp_extractor)
+    for parameter in layers.parameters():
+        parameter.data.mul_(0.5)
+    subject.model.policy.mlp_extractor = layers
+
+
+class Wide(DiagGaussianDistribution):
+    """Twice the deviation that it is told."""
+
+    def proba_distribution(self, mean_actions: th.Tensor, log_std: th.Tensor) -> Any:
+        return super().proba_distribution(mean_actions, log_std + np.log(2))
+
+
+@intervention(rows=ON_POLICY)
+def other_distribution(subject: Subject) -> None:
+    subject.model.policy.action_dist = Wide(2)
+
+
+@intervention(rows=ON_POLICY)
+def density_of_the_distribution(subject: Subject) -> None:
+    distribution = subject.model.policy.action_dist
+    distribution.log_prob = scaled(distribution.log_prob)
+
+
+@intervention(rows=ON_POLICY)
+def density_of_the_distributions_class(subject: Subject) -> None:
+    patched(subject, DiagGaussianDistribution, "log_prob", scaled(DiagGaussianDistribution.log_prob))
+
+
+@intervention(rows=ON_POLICY)
+def class_of_the_distribution(subject: Subject) -> None:
+    subject.model.policy.action_dist.__class__ = Wide
+
+
+@intervention(rows=ON_POLICY)
+def forward_of_the_policy(subject: Subject) -> None:
+    subject.model.policy.forward = scaled(subject.model.policy.forward)
+
+
+@intervention(rows=ON_POLICY)
+def forward_of_the_policys_class(subject: Subject) -> None:
+    cls = type(subject.model.policy)
+    patched(subject, cls, "forward", scaled(cls.forward))
+
+
+@intervention(rows=taking("gae_lambda"))
+def values_of_the_policy(subject: Subject) -> None:
+    subject.model.policy.predict_values = scaled(subject.model.policy.predict_values)
+
+
+EVALUATING = tuple(row for row in ON_POLICY if row != "trpox")
+"""Rows that ask for values and densities at once."""
+
+
+@intervention(rows=EVALUATING)
+def evaluation_of_the_policy(subject: Subject) -> None:
+    subject.model.policy.evaluate_actions = scaled(subject.model.policy.evaluate_actions)
+
+
+@intervention(rows=ON_POLICY)
+def features_of_the_policy(subject: Subject) -> None:
+    subject.model.policy.extract_features = scaled(subject.model.policy.extract_features)
+
+
+@intervention(rows=ON_POLICY)
+def forward_of_the_mlp_extractor(subject: Subject) -> None:
+    layers = subject.model.policy.mlp_extractor
+    layers.forward_actor = scaled(layers.forward_actor)
+
+
+@intervention(rows=ON_POLICY)
+def forward_of_the_mlp_extractors_class(subject: Subject) -> None:
+    patched(subject, MlpExtractor, "forward_critic", scaled(MlpExtractor.forward_critic))
+
+
+@intervention(rows=ON_POLICY)
+def class_of_a_head(subject: Subject) -> None:
+    layer = subject.model.policy.action_net
+    layer.__class__ = type("Scaled", (type(layer),), {"forward": scaled(type(layer).forward)})
+
+
+@intervention(rows=ON_POLICY)
+def class_of_the_acting_policy(subject: Subject) -> None:
+    policy = subject.model.policy
+    policy.__class__ = type("Scaled", (type(policy),), {"forward": scaled(type(policy).forward)})
+
+
+@intervention(rows=ON_POLICY, **COMPILED)
+def compiled_evaluation(subject: Subject) -> None:
+    subject.model.policy.evaluate_actions = compiled(subject, subject.model.policy.evaluate_actions)
+
+
+@intervention(rows=ON_POLICY, **COMPILED)
+def compiled_mlp_extractor(subject: Subject) -> None:
+    subject.model.policy.mlp_extractor.forward = compiled(subject, subject.model.policy.mlp_extractor.forward)
+
+
+@intervention(rows=taking("gae_lambda"), turns=2)
+def stored_values_edited(subject: Subject) -> None:
+    subject.model.rollout_buffer.values *= 0.5
+
+
+@intervention(rows=taking("target_kl"), turns=2)
+def stored_log_probs_edited(subject: Subject) -> None:
+    subject.model.rollout_buffer.log_probs -= 0.5
+
+
+@intervention(rows=taking("n_steps", "ent_coef", "gae_lambda"), sb3=(), turns=3)
+def n_steps(subject: Subject) -> None:
+    """SB3 fails where its buffer has another size."""
+    subject.model.n_steps = (4, 9, 6)[subject.turn]
+
+
+@intervention(rows=taking("clip_range"))
+def clip_range(subject: Subject) -> None:
+    subject.model.clip_range = lambda _: 1e-4
+
+
+@intervention(rows=taking("clip_range"), sb3=())
+def clip_range_as_a_number(subject: Subject) -> None:
+    """SB3 calls it."""
+    subject.model.clip_range = 1e-4
+
+
+@intervention(rows=taking("clip_range_vf"), turns=3)
+def clip_range_vf(subject: Subject) -> None:
+    subject.model.clip_range_vf = (lambda _: 1e-3, lambda _: 1e-2, None)[subject.turn]
+
+
+@intervention(rows=taking("normalize_advantage"), turns=2)
+def normalize_advantage(subject: Subject) -> None:
+    subject.model.normalize_advantage = not subject.model.normalize_advantage
+
+
+@intervention(rows=taking("surrogate"), sb3=(), turns=2)
+def surrogate(subject: Subject) -> None:
+    subject.model.surrogate = ("penalty", "clip")[subject.turn]
+
+
 # Modes and switches
 
 
@@ -789,13 +1040,13 @@ def without_a_mode(self: Any, mode: bool) -> None:
     """In place of ``set_training_mode``."""
 
 
-@intervention(variant="dropout", rows=ONE_AGENT, draws=True)
+@intervention(variant="dropout", draws=True)
 def evaluation_mode_for_good(subject: Subject) -> None:
     subject.model.policy.set_training_mode(False)
     subject.model.policy.set_training_mode = types.MethodType(without_a_mode, subject.model.policy)
 
 
-@intervention(variant="dropout", rows=ONE_AGENT, acts=False)
+@intervention(variant="dropout", acts=False)
 def evaluation_mode(subject: Subject) -> None:
     """Training sets the mode that it needs."""
     subject.model.policy.set_training_mode(False)
@@ -805,15 +1056,32 @@ SELDOM = (("train_freq", 4), ("gradient_steps", 4))
 """So that what an update does not draw anew counts for some steps."""
 
 
-@intervention(variant="gsde", rows=("sacx",), changes=SELDOM)
+@intervention(variant="gsde", rows=WITH_ALPHA, changes=SELDOM)
 def noise_of_gsde_reset(subject: Subject) -> None:
     subject.model.actor.reset_noise()
 
 
-@intervention(variant="gsde", rows=("sacx",), changes=SELDOM)
+@intervention(variant="gsde", rows=WITH_ALPHA, changes=SELDOM)
 def noise_of_gsde_edited(subject: Subject) -> None:
     distribution = subject.model.actor.action_dist
     distribution.exploration_mat = 5 * distribution.exploration_mat
+
+
+@intervention(variant="gsde", rows=ON_POLICY)
+def noise_of_a_rollout_reset(subject: Subject) -> None:
+    subject.model.policy.reset_noise()
+
+
+@intervention(variant="gsde", rows=ON_POLICY)
+def noise_of_a_rollout_edited(subject: Subject) -> None:
+    distribution = subject.model.policy.action_dist
+    distribution.exploration_mat = 2 * distribution.exploration_mat
+    distribution.exploration_matrices = 2 * distribution.exploration_matrices
+
+
+@intervention(variant="gsde", rows=ON_POLICY, turns=2)
+def sde_sample_freq(subject: Subject) -> None:
+    subject.model.sde_sample_freq = (2, -1)[subject.turn]
 
 
 @intervention(acts=False)

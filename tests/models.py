@@ -10,23 +10,54 @@ import torch as th
 from environments import BOX, CONTINUOUS, IMAGE, RandomEnv
 from gymnasium import spaces
 from parallel_environments import Crowd
-from stable_baselines3 import DDPG, SAC, TD3
+from sb3_contrib import TRPO
+from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
+from sb3_ac_ext import ACKTR, MADDPG
 from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.networks.actor_critic import SeparateCnnPolicy
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
 Row = AlgoSpec | str | type[BaseAlgorithm]
 
-SB3: dict[str, type[BaseAlgorithm]] = {"td3x": TD3, "ddpgx": DDPG, "sacx": SAC}
-"""What a row equals with its extras at their defaults."""
 
-ON_POLICY = ("ppox", "trpox", "acktr", "reinforce", "ac")
-"""Rows that still have layers and optimizers of their own; what plain PyTorch modules promise is not yet promised for them."""
+def where(holds: Callable[[Any], bool]) -> tuple[str, ...]:
+    """The names of the registry's rows whose class it holds for."""
+    return tuple(spec.name for spec in ALGORITHMS if holds(spec.cls))
+
+
+def taking(*arguments: str) -> tuple[str, ...]:
+    """The rows whose constructors take all of these."""
+    return where(lambda cls: set(arguments) <= constructor_keys(cls))
+
+
+EVERY = where(lambda _: True)
+OFF_POLICY = where(lambda cls: issubclass(cls, OffPolicyAlgorithm))
+ON_POLICY = where(lambda cls: issubclass(cls, OnPolicyAlgorithm))
+ONE_AGENT = where(lambda cls: not issubclass(cls, MADDPG))
+APART = where(lambda cls: cls.policy_aliases.get("CnnPolicy") is SeparateCnnPolicy)
+"""Rows whose policy and value may have no layers in common."""
+SHARING = tuple(row for row in ONE_AGENT if row not in APART)
+CRITICS = where(lambda cls: issubclass(cls, (TD3, SAC)))
+"""Rows with any number of critics of one agent."""
+SB3: dict[str, type[BaseAlgorithm]] = {
+    spec.name: spec.cls.sb3_class
+    for spec in ALGORITHMS
+    if spec.cls.sb3_class not in (OffPolicyAlgorithm, OnPolicyAlgorithm, TRPO)
+}
+"""What a row equals with its extras at their defaults. TRPO draws where its conjugate gradients start, ours do not."""
+SB3_OFF_POLICY = tuple(row for row in SB3 if row in OFF_POLICY)
+SB3_ON_POLICY = tuple(row for row in SB3 if row in ON_POLICY)
+BY_ADAM = where(lambda cls: not issubclass(cls, ACKTR))
+"""Rows that are trained by what ``policy_kwargs`` ask for; K-FAC has factors for few layers."""
+WITH_ALPHA = taking("target_entropy")
+"""Rows that learn the entropy's coefficient."""
 
 
 class Pair(Crowd):
@@ -51,10 +82,10 @@ class Features(BaseFeaturesExtractor):
         return self.layers(observations)
 
 
-def features(*layers: Any, share: bool = False) -> dict[str, Any]:
-    """Policy arguments for `Features`."""
+def features(*layers: Any, share: bool | None = None) -> dict[str, Any]:
+    """Policy arguments for `Features`, shared or not as the policy has it by default."""
     kwargs = {"features_extractor_class": Features, "features_extractor_kwargs": {"layers": layers}}
-    return {**kwargs, "share_features_extractor": True} if share else kwargs
+    return kwargs if share is None else {**kwargs, "share_features_extractor": share}
 
 
 @dataclass(frozen=True)
@@ -64,9 +95,11 @@ class Variant:
     policy: str = "MlpPolicy"
     observations: spaces.Space | None = None
     """None for `BOX`."""
+    actions: spaces.Space | None = None
+    """None for `CONTINUOUS`."""
     policy_kwargs: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
-    rows: tuple[str, ...] = ("td3x", "ddpgx", "sacx")
+    rows: tuple[str, ...] = ONE_AGENT
     sb3: bool = True
     """Whether SB3 has it."""
 
@@ -100,34 +133,47 @@ class Fading(nn.Module):
         return th.relu(x) / (1 + 0.01 * self.asked)
 
 
+NORMALISED = tuple(row for row in ONE_AGENT if row in BY_ADAM)
 VARIANTS: dict[str, Variant] = {
-    "mlp": Variant(rows=tuple(spec.name for spec in ALGORITHMS)),
+    "mlp": Variant(rows=EVERY),
     "images": Variant("CnnPolicy", IMAGE),
-    "shared images": Variant("CnnPolicy", IMAGE, {"share_features_extractor": True}),
+    "shared images": Variant("CnnPolicy", IMAGE, policy_kwargs={"share_features_extractor": True}, rows=SHARING),
     "dict": Variant("MultiInputPolicy", spaces.Dict({"vector": BOX, "choice": spaces.Discrete(3)})),
     "extractor": Variant(policy_kwargs=features()),
-    "shared extractor": Variant(policy_kwargs=features(share=True)),
+    "shared extractor": Variant(policy_kwargs=features(share=True), rows=SHARING),
+    "extractors apart": Variant(policy_kwargs=features(share=False), rows=ON_POLICY),
     "dropout": Variant(policy_kwargs=features(dropout)),
-    "layer norm": Variant(policy_kwargs=features(layer_norm)),
-    "batch norm": Variant(policy_kwargs=features(batch_norm)),
+    "layer norm": Variant(policy_kwargs=features(layer_norm), rows=NORMALISED),
+    "batch norm": Variant(policy_kwargs=features(batch_norm), rows=tuple(row for row in NORMALISED if row != "ac")),
     "looks at values": Variant(policy_kwargs=features(Wary)),
     "counts": Variant(policy_kwargs=features(Fading)),
     "critic layer norm": Variant(policy_kwargs={"critic_layer_norm": True}, rows=("td3x", "sacx"), sb3=False),
-    "one critic": Variant(policy_kwargs={"n_critics": 1}),
-    "two critics": Variant(policy_kwargs={"n_critics": 2}, rows=("td3x", "ddpgx", "sacx", "maddpg")),
-    "three critics": Variant(policy_kwargs={"n_critics": 3}),
-    "gsde": Variant(changes={"use_sde": True}, rows=("sacx",)),
-    "fixed alpha": Variant(changes={"ent_coef": 0.2}, rows=("sacx",)),
-    "value network": Variant(changes={"value_network": True}, rows=("sacx",), sb3=False),
+    "one critic": Variant(policy_kwargs={"n_critics": 1}, rows=CRITICS),
+    "two critics": Variant(policy_kwargs={"n_critics": 2}, rows=OFF_POLICY),
+    "three critics": Variant(policy_kwargs={"n_critics": 3}, rows=CRITICS),
+    "gsde": Variant(changes={"use_sde": True}, rows=tuple(row for row in taking("use_sde") if row in BY_ADAM)),
+    "fixed alpha": Variant(changes={"ent_coef": 0.2}, rows=WITH_ALPHA),
+    "value network": Variant(changes={"value_network": True}, rows=taking("value_network"), sb3=False),
+    "discrete": Variant(actions=spaces.Discrete(3), rows=ON_POLICY),
+    "several choices": Variant(actions=spaces.MultiDiscrete([3, 2]), rows=ON_POLICY),
+    "coins": Variant(actions=spaces.MultiBinary(3), rows=ON_POLICY),
+    "clipped values": Variant(changes={"clip_range_vf": 0.1}, rows=taking("clip_range_vf")),
+    "early stops": Variant(changes={"target_kl": 1e-4}, rows=taking("clip_range")),
+    "penalty": Variant(changes={"surrogate": "penalty"}, rows=taking("surrogate"), sb3=False),
+    "phases": Variant(changes={"separate_phases": True}, rows=taking("separate_phases"), sb3=False),
 }
 
 OFF_POLICY_SIZES: dict[str, Any] = {"learning_starts": 10, "batch_size": 8, "buffer_size": 200, "learning_rate": 3e-3}
 ON_POLICY_SIZES: dict[str, Any] = {
-    "n_steps": 16,
-    "batch_size": 8,
+    "n_steps": 6,
+    "batch_size": 3,
     "n_epochs": 2,
-    "rollout_episodes": 2,
+    "rollout_episodes": 1,
     "max_rollout_steps": 200,
+    "learning_rate": 3e-3,
+    "cg_max_steps": 4,
+    "cold_iterations": 1,
+    "inverse_update_interval": 2,
 }
 """So far as an algorithm has them."""
 
@@ -138,15 +184,13 @@ rounding has; with this one a rounding error of 1e-8 in a gradient moves it by 1
 """
 
 
-def rows(*without: str, of: str = "mlp") -> Any:
+def rows(names: Iterable[str] = EVERY) -> Any:
     """
-    Parametrise ``row`` over the registry.
+    Parametrise ``row``.
 
-    :param without: names of rows that the test leaves out
-    :param of: a variant
+    :param names: of rows; all of the registry by default
     """
-    names = [spec.name for spec in ALGORITHMS if spec.name not in without and spec.name in VARIANTS[of].rows]
-    return pytest.mark.parametrize("row", names)
+    return pytest.mark.parametrize("row", list(names))
 
 
 def algorithm_class(row: Row) -> Any:
@@ -158,9 +202,10 @@ def algorithm_class(row: Row) -> Any:
 
 def environment(row: Row, variant: str = "mlp") -> Any:
     """A small environment for `small_model`."""
-    if algorithm_class(row).__name__ == "MADDPG":
+    if algorithm_class(row) is MADDPG:
         return Pair()
-    spaces_of_its_own = copy.deepcopy((VARIANTS[variant].observations or BOX, CONTINUOUS))  # they draw
+    kind = VARIANTS[variant]
+    spaces_of_its_own = copy.deepcopy((kind.observations or BOX, kind.actions or CONTINUOUS))  # they draw
     return RandomEnv(*spaces_of_its_own)
 
 
@@ -176,7 +221,10 @@ def small_model(row: Row, variant: str = "mlp", *, env: Any = None, **changes: A
     off_policy = issubclass(cls, OffPolicyAlgorithm)
     sizes = OFF_POLICY_SIZES if off_policy else ON_POLICY_SIZES
     sizes = {name: value for name, value in sizes.items() if name in constructor_keys(cls)}
-    own = {"net_arch": [8], **({"optimizer_kwargs": {"eps": EPS}} if off_policy else {})}
+    own: dict[str, Any] = {"net_arch": [8], "optimizer_kwargs": {"eps": EPS}}
+    if issubclass(cls, ACKTR):  # whose rate is the largest step of an optimizer of its own
+        del sizes["learning_rate"], own["optimizer_kwargs"]
+    own |= {"share_features_extractor": False} if cls.__name__.lower() in APART else {}
     policy_kwargs = {**own, **kind.policy_kwargs, **changes.pop("policy_kwargs", {})}
     arguments = {"seed": 0, "device": "cpu", **sizes, **kind.changes, **changes}
     env = environment(row, variant) if env is None else env

@@ -17,9 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from models import ON_POLICY, SB3, VARIANTS, environment, rows, small_model
+from environments import BOX, CONTINUOUS, RandomEnv
+from gymnasium.wrappers import TimeLimit
+from models import CRITICS, EVERY, OFF_POLICY, ON_POLICY, SB3, VARIANTS, WITH_ALPHA, environment, rows, small_model, taking
 from parallel_environments import Crowd
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from subjects import AFTER, BEFORE, WARM_UP, numbers
 from torch import nn
 from torch.distributions import Distribution, Normal
@@ -45,28 +48,42 @@ def restored() -> Iterator[None]:
         (row, name)
         for name, variant in VARIANTS.items()
         for row in variant.rows
-        if row not in ON_POLICY and name not in ("looks at values", "counts")
+        if row != "reinforce" and name not in ("looks at values", "counts")
     ],
 )
 def test_updates_are_replayed(row: str, variant: str) -> None:
-    """Otherwise the other tests of this folder show nothing."""
+    """Otherwise the other tests of this folder show nothing. Episodes, of which REINFORCE learns, have any length."""
     model = small_model(row, variant).learn(WARM_UP + BEFORE)
-    updates = {name: how for name, how in model.engine_report().items() if "update" in name}
-    assert updates
-    assert set(updates.values()) == {"replayed"}
+    assert_replayed(model)
 
 
-@rows(*ON_POLICY)
+def assert_replayed(model: Any) -> None:
+    """Each update function with some options; a step that is done once, as K-FAC's cold one, cannot be."""
+    others = ("act", "sample", "replay")
+    report = {name: how for name, how in model.engine_report().items() if not name.startswith(others)}
+    assert set(report.values()) <= {"replayed", "ordinary: it has run once"}
+    functions = [name.partition("(")[0] for name, how in report.items() if how == "replayed"]
+    assert {*functions} == {name.partition("(")[0] for name in report} != set()
+
+
+@rows(row for row in EVERY if row != "reinforce")
 def test_updates_are_replayed_again_after_a_change(row: str) -> None:
     """Which nobody sees by what is learned."""
     model = small_model(row).learn(WARM_UP + BEFORE)
     for parameter in model.policy.parameters():
         parameter.data = parameter.data.clone()
     model.learn(AFTER, reset_num_timesteps=False)
-    assert {how for name, how in model.engine_report().items() if "update" in name} == {"replayed"}
+    assert_replayed(model)
 
 
-@rows(*ON_POLICY)
+@rows(row for row in ON_POLICY if row != "ac")
+def test_actions_of_rollouts_are_replayed(row: str) -> None:
+    """AC's are drawn in its updates."""
+    report = small_model(row).learn(WARM_UP + BEFORE).engine_report()
+    assert report["sample_actions"] == "replayed"
+
+
+@rows()
 def test_engine_switched_off_replays_nothing(row: str) -> None:
     model = small_model(row, engine=False).learn(30)
     assert "replayed" not in model.engine_report().values()
@@ -98,13 +115,14 @@ class Annealing(BaseCallback):
 
     def _on_step(self) -> bool:
         self.model.gamma = 0.9 + 1e-4 * self.n_calls
-        self.model.tau = np.float32(0.1 - 1e-4 * self.n_calls)
+        name = "tau" if hasattr(self.model, "tau") else "ent_coef"
+        setattr(self.model, name, np.float32(0.1 - 1e-4 * self.n_calls))
         if self.n_calls in self.steps:
             self.alive.append((live_bytes(), len(gc.get_objects())))
         return True
 
 
-@rows(*ON_POLICY)
+@rows()
 def test_annealed_numbers_take_no_memory(row: str) -> None:
     """A hundred and forty values; a recording for each would hold a hundred tensors each."""
     callback = Annealing((60, 200))
@@ -114,7 +132,7 @@ def test_annealed_numbers_take_no_memory(row: str) -> None:
     assert objects_after - objects_before < 2_000
 
 
-@rows("maddpg", *ON_POLICY)
+@rows((*CRITICS, "ppox"))
 def test_a_thousand_batch_sizes_take_no_memory(row: str) -> None:
     """Kept for each of them, what one layer of 512 gives would be a gigabyte."""
     model = small_model(row, policy_kwargs={"net_arch": [512]})
@@ -127,7 +145,7 @@ def test_a_thousand_batch_sizes_take_no_memory(row: str) -> None:
     assert live_bytes() - before[1] < 20_000_000
 
 
-@rows(*ON_POLICY)
+@rows(OFF_POLICY)
 def test_sizes_of_updates_take_bounded_memory(row: str) -> None:
     """Thirty sizes, each often enough to be recorded; kept all, they would take some thirty times what one takes."""
     model = small_model(row).learn(12)
@@ -139,7 +157,28 @@ def test_sizes_of_updates_take_bounded_memory(row: str) -> None:
     assert live_bytes() - before < 20 * one
 
 
-@rows(*ON_POLICY)
+class Uneven(RandomEnv):
+    """Its episodes have any length."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.length = int(np.random.randint(3, 30))
+        return super().reset(**kwargs)
+
+
+@rows(taking("rollout_episodes"))
+def test_episodes_of_any_length_take_bounded_memory(row: str) -> None:
+    """Kept for each of thirty sizes, what one layer of 256 gives would be a megabyte."""
+    own = {"rollout": "episodes", "n_steps": 30} if row in taking("rollout") else {}
+    own |= {"batch_size": 30} if row in taking("batch_size") else {}
+    env = TimeLimit(Uneven(BOX, CONTINUOUS), 30)
+    model = small_model(row, env=env, policy_kwargs={"net_arch": [256]}, **own)
+    model.learn(120)
+    before = live_bytes()
+    model.learn(600, reset_num_timesteps=False)
+    assert live_bytes() - before < 300_000
+
+
+@rows()
 def test_nothing_keeps_a_model_that_is_gone(row: str) -> None:
     model = small_model(row).learn(40)
     model.predict(np.zeros(model.observation_space.shape, np.float32))
@@ -231,7 +270,7 @@ def at_once(*functions: Callable[[], Any]) -> list[Any]:
     return results
 
 
-@rows("sacx", *ON_POLICY)
+@rows(tuple(row for row in OFF_POLICY if row not in WITH_ALPHA))
 def test_trainings_in_threads_give_what_they_give_alone(row: str) -> None:
     """Not SACX, which draws its actions from PyTorch's only generator."""
     lengths = (60, 45, 52)
@@ -244,7 +283,7 @@ def test_trainings_in_threads_give_what_they_give_alone(row: str) -> None:
         th.testing.assert_close(numbers(model), expected, rtol=0, atol=1e-6)
 
 
-@rows(*ON_POLICY)
+@rows()
 def test_trainings_in_threads_leave_the_process_as_it_was(row: str) -> None:
     models = [small_model(row, seed=seed) for seed in range(3)]
     before = process_state()
@@ -261,19 +300,25 @@ def test_training_leaves_the_process_as_it_was(row: str) -> None:
     assert process_state() == before
 
 
-@rows(*ON_POLICY)
+@rows()
 def test_an_error_leaves_the_process_as_it_was(row: str) -> None:
     """Raised inside an update, where a recording is made and where one is replayed."""
     before = process_state()
     for step in (11, 12, 13, 14, 30):
         model = small_model(row).learn(step)
-        model.critic.forward = lambda *args: pytest.fail("asked")
+        critic = model.critic if row in OFF_POLICY else model.policy.value_net
+        original = critic.forward
+
+        def forward(*args: Any, original: Any = original) -> Any:
+            return pytest.fail("asked") if th.is_grad_enabled() else original(*args)
+
+        critic.forward = forward
         with pytest.raises(pytest.fail.Exception, match="asked"):
-            model.learn(5, reset_num_timesteps=False)
+            model.learn(8, reset_num_timesteps=False)
         assert process_state() == before
 
 
-@rows(*ON_POLICY)
+@rows()
 @pytest.mark.parametrize("size", [None, 3], ids=["one", "batch"])
 def test_predictions_in_threads_are_each_callers_own(row: str, size: int | None) -> None:
     model = small_model(row).learn(30)
@@ -290,7 +335,7 @@ def test_predictions_in_threads_are_each_callers_own(row: str, size: int | None)
             np.testing.assert_allclose(action, wanted, rtol=0, atol=1e-6)
 
 
-@rows(*ON_POLICY)
+@rows()
 def test_actions_are_the_callers(row: str) -> None:
     """What was returned does not change with the next call, nor the model with what is written to it."""
     model = small_model(row).learn(30)
@@ -306,7 +351,7 @@ def test_actions_are_the_callers(row: str) -> None:
 # Modes of PyTorch that users are in
 
 
-@rows(*ON_POLICY)
+@rows()
 def test_first_calls_in_inference_mode(row: str) -> None:
     """What is allocated there must not be used by what is differentiated later."""
     trained = []
@@ -320,7 +365,7 @@ def test_first_calls_in_inference_mode(row: str) -> None:
     th.testing.assert_close(*trained, rtol=0, atol=ATOL)
 
 
-@rows(*ON_POLICY)
+@rows(OFF_POLICY)
 def test_autocast_around_some_of_the_updates(row: str) -> None:
     """
     From the same numbers each time, so that bfloat16 rounds the same ones.
@@ -353,18 +398,18 @@ class RootOfNothing(nn.Module):
         return x + (0 * x).sqrt()
 
 
-@rows(*ON_POLICY)
+@rows()
 @pytest.mark.parametrize("engine", [True, False])
 def test_anomaly_mode_names_the_operation(row: str, engine: bool) -> None:
     model = small_model(row, engine=engine).learn(30)
-    for parent in list(model.critic.modules()):
+    for parent in list((model.critic if row in OFF_POLICY else model.policy).modules()):
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.ReLU):
+            if isinstance(layer, (nn.ReLU, nn.Tanh)):
                 setattr(parent, name, RootOfNothing())
     with warnings.catch_warnings(), th.autograd.set_detect_anomaly(True):
         warnings.simplefilter("ignore")  # PyTorch shows where the operation was called
         with pytest.raises(RuntimeError, match=r"Function '\w+Backward0' returned nan values"):
-            model.train(4, 8)
+            model.learn(8, reset_num_timesteps=False)
 
 
 # Gradients that users take
@@ -389,16 +434,43 @@ def inputs(model: Any, n: int = 5) -> tuple[th.Tensor, th.Tensor]:
     return tuple(th.randn(n, int(size), generator=generator, dtype=th.float64) * 0.5 for size in sizes)  # type: ignore[return-value]
 
 
+class Heads(nn.Module):
+    """What an actor-critic policy makes of observations, as one module."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def mean(self, obs: th.Tensor) -> th.Tensor:
+        """Of the actions; PyTorch's distributions look at values, which some transformations of functions do not allow."""
+        features = self.policy.extract_features(obs)
+        features = features if self.policy.share_features_extractor else features[0]
+        return self.policy.action_net(self.policy.mlp_extractor.forward_actor(features))
+
+    def forward(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """V, and how far actions are from their mean."""
+        log_std = 0.0 if self.policy.squash_output else self.policy.log_std
+        return self.policy.predict_values(obs), (self.mean(obs) - actions).square() + log_std
+
+
+def critic_of(model: Any) -> nn.Module:
+    """A module of observations and actions with several outputs."""
+    return model.critic if isinstance(model, OffPolicyAlgorithm) else Heads(model.policy)
+
+
 def value(model: Any, parameters: dict[str, th.Tensor] | None, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
     """The sum of all Q values, as a function of the critic's parameters."""
-    parameters = dict(model.critic.named_parameters()) if parameters is None else parameters
-    outputs = th.func.functional_call(model.critic, parameters, (obs, actions))
+    critic = critic_of(model)
+    parameters = dict(critic.named_parameters()) if parameters is None else parameters
+    outputs = th.func.functional_call(critic, parameters, (obs, actions))
     return th.stack([output.sum() for output in outputs]).sum()
 
 
 def action(model: Any, obs: th.Tensor) -> th.Tensor:
     """The greedy action."""
-    return model.policy._predict(obs, deterministic=True)
+    if isinstance(model, OffPolicyAlgorithm):
+        return model.policy._predict(obs, deterministic=True)
+    return Heads(model.policy).mean(obs)
 
 
 def close(actual: th.Tensor, expected: th.Tensor, atol: float = 1e-10) -> None:
@@ -406,34 +478,36 @@ def close(actual: th.Tensor, expected: th.Tensor, atol: float = 1e-10) -> None:
     assert expected.abs().max() > 1e-4  # there is something to differ in
 
 
-@rows(*ON_POLICY)
+@rows()
 def test_func_grad_is_autograds(row: str, smooth_model: Any) -> None:
     model = smooth_model(row)
     obs, actions = inputs(model)
-    parameters = {name: parameter.detach() for name, parameter in model.critic.named_parameters()}
+    parameters = {name: parameter.detach() for name, parameter in critic_of(model).named_parameters()}
     found = th.func.grad(lambda own: value(model, own, obs, actions))(parameters)
-    expected = th.autograd.grad(value(model, None, obs, actions), list(model.critic.parameters()))
+    expected = th.autograd.grad(value(model, None, obs, actions), list(critic_of(model).parameters()))
     for name, gradient in zip(parameters, expected, strict=True):
         close(found[name], gradient)
 
 
-@rows(*ON_POLICY)
+@rows()
 def test_vmap_gives_a_gradient_for_each_sample(row: str, smooth_model: Any) -> None:
     model = smooth_model(row)
     obs, actions = inputs(model)
-    parameters = {name: parameter.detach() for name, parameter in model.critic.named_parameters()}
+    parameters = {name: parameter.detach() for name, parameter in critic_of(model).named_parameters()}
 
     def of_one(own: dict[str, th.Tensor], o: th.Tensor, a: th.Tensor) -> th.Tensor:
         return value(model, own, o[None], a[None])
 
     found = th.func.vmap(th.func.grad(of_one), in_dims=(None, 0, 0))(parameters, obs, actions)
     for i in range(len(obs)):
-        expected = th.autograd.grad(value(model, None, obs[i : i + 1], actions[i : i + 1]), list(model.critic.parameters()))
+        expected = th.autograd.grad(
+            value(model, None, obs[i : i + 1], actions[i : i + 1]), list(critic_of(model).parameters())
+        )
         for name, gradient in zip(parameters, expected, strict=True):
             close(found[name][i], gradient)
 
 
-@rows(*ON_POLICY)
+@rows()
 def test_jvp_is_the_difference_quotient(row: str, smooth_model: Any) -> None:
     model = smooth_model(row)
     obs, actions = inputs(model)
@@ -448,7 +522,7 @@ def test_jvp_is_the_difference_quotient(row: str, smooth_model: Any) -> None:
     close(found, expected, 1e-7)
 
 
-@rows(*ON_POLICY)
+@rows()
 def test_hessians_are_difference_quotients_of_gradients(row: str, smooth_model: Any) -> None:
     model = smooth_model(row)
     obs, actions = inputs(model, 1)
@@ -474,11 +548,11 @@ def test_hessians_are_difference_quotients_of_gradients(row: str, smooth_model: 
         close(th.func.hessian(function)(at)[0, :, 0], found)
 
 
-@rows(*ON_POLICY)
+@rows()
 def test_gradient_penalties_reach_the_parameters(row: str, smooth_model: Any) -> None:
     model = smooth_model(row)
     obs, actions = inputs(model)
-    parameters = list(model.critic.parameters())
+    parameters = list(critic_of(model).parameters())
 
     def penalty() -> th.Tensor:
         a = actions.clone().requires_grad_()
@@ -498,25 +572,29 @@ def test_gradient_penalties_reach_the_parameters(row: str, smooth_model: Any) ->
     close(th.as_tensor(slope), (ends[0] - ends[1]) / (2 * h), 1e-6)
 
 
-@rows(*ON_POLICY)
+@rows()
 @pytest.mark.parametrize("engine", [True, False], ids=["engine on", "engine off"])
 def test_gradients_stay_visible(row: str, engine: bool) -> None:
     """In ``.grad``, the actor's as SB3 leaves them, and `backward` adds to them."""
     model, plain = small_model(row, engine=engine).learn(40), small_model(row, engine=False).learn(40)
-    pairs = [*zip(model.critic.parameters(), plain.critic.parameters(), strict=True)]
-    pairs += zip(model.actor.parameters(), plain.actor.parameters(), strict=True)
+    pairs = [*zip(model.policy.parameters(), plain.policy.parameters(), strict=True)]
     if row in SB3:
-        pairs += zip(model.actor.parameters(), small_model(SB3[row]).learn(40).actor.parameters(), strict=True)
+        theirs = small_model(SB3[row]).learn(40)
+        networks = (model.actor, theirs.actor) if row in OFF_POLICY else (model.policy, theirs.policy)
+        pairs += zip(*(network.parameters() for network in networks), strict=True)
+    assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter, _ in pairs)
     for parameter, expected in pairs:
-        assert parameter.grad is not None
-        th.testing.assert_close(parameter.grad, expected.grad, rtol=0, atol=1e-4)
-    model.critic.zero_grad()
+        assert (parameter.grad is None) == (expected.grad is None)
+        if parameter.grad is not None:
+            th.testing.assert_close(parameter.grad, expected.grad, rtol=1e-4, atol=1e-4)
+    critic = critic_of(model)
+    critic.zero_grad()
     sizes = int(np.prod(model.observation_space.shape)), int(np.prod(model.action_space.shape))
     for _ in range(2):
-        once = [parameter.grad for parameter in model.critic.parameters()]
+        once = [parameter.grad for parameter in critic.parameters()]
         once = [None if gradient is None else gradient.clone() for gradient in once]
-        model.critic(*(th.ones(1, size) for size in sizes))[0].sum().backward()
-    for gradient, parameter in zip(once, model.critic.parameters(), strict=True):
+        critic(*(th.ones(1, size) for size in sizes))[0].sum().backward()
+    for gradient, parameter in zip(once, critic.parameters(), strict=True):
         if gradient is not None:
             th.testing.assert_close(parameter.grad, 2 * gradient)
     assert any(gradient is not None and gradient.abs().max() > 0 for gradient in once)
