@@ -218,17 +218,16 @@ class Guard:
         kinds: list[Any] = list(dict.fromkeys(map(type, modules)))
         self._forwards = [(kind, kind.forward) for kind in kinds]
         self._hooks = [getattr(module, name) for module in modules for name in MODULE_HOOKS]
-        self._attributes = [len(vars(helper)) for helper in self._helpers]
         tensors_of_modules = [module._parameters for module in modules] + [module._buffers for module in modules]
         self._named_tensors = [place for place in tensors_of_modules if place]  # compared by identity
         self._tensors = self._current_tensors()
-        self._free = [*map(_requires_grad, self._tensors)]
         children = [module._modules for module in modules]
         self._live: list[Mapping[str, Any]] = [place for place in children if place]
         self._copies = [dict(place) for place in self._live]
         self._empty = [place for place in (*children, *tensors_of_modules) if not place]
         self._places = [*map(vars, modules)]
-        self._lengths = [*map(len, self._places)]
+        self._sized = [*self._places, *map(vars, self._helpers)]
+        self._lengths = [*map(len, self._sized)]
         self._modes = [place.get("training") for place in self._places]
         pairs: list[Place] = [(place, name) for place in self._places for name in place if name not in OF_MODULES]
         for place, name in pairs:
@@ -250,13 +249,13 @@ class Guard:
     def _look_at_networks(self) -> None:
         networks = self._networks.values()
         self._trained = [parameter for network in networks for parameter in network.parameters]
-        self._gradients = [parameter.requires_grad for parameter in self._trained]
         self._state_dicts = [network.optimizer.state for network in networks]
         self._states = self._current_states()
         self._used = {*map(memory, tensors(self._states))}  # others may get memory that the function has left
         self._settings = [network.settings() for network in networks]
         self._hooks += [getattr(network.optimizer, name) for network in networks for name in OPTIMIZER_HOOKS]
-        self._hookable = list(dict.fromkeys([*self._trained, *self._tensors])) if self._differentiates else []
+        self._trainable = list(dict.fromkeys([*self._trained, *self._tensors]))
+        self._free = [*map(_requires_grad, self._trainable)]
 
     def _current_tensors(self) -> list[Any]:
         return [tensor for place in self._named_tensors for tensor in place.values()]
@@ -279,7 +278,7 @@ class Guard:
             return "a hook on all modules or optimizers"
         if any(self._hooks):
             return "a hook on a module or an optimizer"
-        if any(map(_has_hook, self._hookable)):
+        if self._differentiates and any(map(_has_hook, self._trainable)):
             return "a hook on a parameter"
         if th.is_anomaly_enabled():
             return "PyTorch looks for anomalies"
@@ -292,10 +291,7 @@ class Guard:
         return "a compiled module" if compiled else None
 
     def change(self, networks: Mapping[str, Network]) -> str | None:
-        """
-        :param networks: as they are now
-        :return: what has changed since; None if nothing has
-        """
+        """What has changed since, given the networks as they are now; None if nothing has."""
         try:
             return self._change(networks)
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -312,10 +308,8 @@ class Guard:
         return changed or (self._change_of_networks(networks) if self._differentiates else None)
 
     def _change_of_modules(self) -> str | None:
-        if [len(vars(helper)) for helper in self._helpers] != self._attributes:
-            return "a method of what a module computes with"
-        if any(self._empty) or [*map(len, self._places)] != self._lengths:
-            return "a module"
+        if any(self._empty) or [*map(len, self._sized)] != self._lengths:
+            return "a module, or what it computes with"
         if [place.get("training") for place in self._places] != self._modes:
             return "the training mode"
         if [place[name] for place, name in self._pairs] != self._pair_values:
@@ -324,7 +318,7 @@ class Guard:
             return "a module"
         if not identical(self._current_tensors(), self._tensors):
             return "a parameter or buffer"
-        if [*map(_requires_grad, self._tensors)] != self._free:
+        if [*map(_requires_grad, self._trainable)] != self._free:
             return "which parameters are trained"
         if [tensor.data_ptr() for tensor in self._memory] != self._addresses:
             return "the memory of a tensor"
@@ -356,9 +350,7 @@ class Guard:
                 return f"what the optimizer of the {name} trains"
         if not identical(self._current_states(), self._states):
             return "the state of an optimizer"
-        if [parameter.requires_grad for parameter in self._trained] != self._gradients:
-            return "which parameters are trained"
-        return "a hook on a parameter" if any(map(_has_hook, self._hookable)) else None
+        return "a hook on a parameter" if any(map(_has_hook, self._trainable)) else None
 
 
 def _is_method_of(owner: Any, value: Any) -> bool:
