@@ -1,4 +1,4 @@
-"""See `Engine`."""
+"""The engine: what functions and algorithms call, and where replays take the place of functions."""
 
 from collections.abc import Hashable
 from contextlib import nullcontext
@@ -52,7 +52,6 @@ class Engine(Recorder):
     :param enabled: whether functions are recorded; otherwise they run as they stand, with PyTorch's optimizers and SB3's
         ``polyak_update``
     :param device: where the functions compute
-    :param rounding: whether rewrites that round differently are used
     """
 
     # What functions call
@@ -131,9 +130,7 @@ class Engine(Recorder):
         self._look += 1
 
     def end(self) -> dict[str, float]:
-        """
-        :return: means of the scalar outputs of the updates since the last call, by their names
-        """
+        """Means of the scalar outputs of the updates since the last call, by their names."""
         self._publish()
         if self.enabled:
             steps_of_networks.flush_subnormals(self.networks, self._flushed, self._updates)
@@ -241,9 +238,7 @@ class Engine(Recorder):
             self._lock.release()
 
     def parameter_norms(self) -> dict[str, float]:
-        """
-        :return: 2-norms of the networks' parameters, by their names; nothing if all of them are finite
-        """
+        """2-norms of the networks' parameters, by their names; nothing if all of them are finite."""
         parameters = [parameter.detach() for network in self.networks.values() for parameter in network.parameters]
         if not parameters or th.stack(th._foreach_norm(parameters)).sum().isfinite():
             return {}
@@ -251,9 +246,7 @@ class Engine(Recorder):
             return {name: float(get_total_norm(network.parameters)) for name, network in self.networks.items()}
 
     def report(self) -> dict[str, str]:
-        """
-        :return: for every function that has run, by its name: "replayed", or why it is not
-        """
+        """For every function that has run, by its name: "replayed", or why it is not."""
         found = dict(self._plain)
         for kind in self._kinds.values():
             found[kind.name] = "replayed" if kind.verified else f"ordinary: {kind.reason}"

@@ -81,10 +81,6 @@ class Steps:
         self.counts: th.Tensor | None = None
         self._count_views: tuple[th.Tensor, ...] = ()
 
-    def serve(self, network: Network) -> bool:
-        """Whether the optimizer's parameters are still those."""
-        return identical(network.parameters, self.parameters)
-
     def bind(self, network: Network) -> None:
         """Give the counters in the state of an Adam optimizer their place in one tensor."""
         states = [network.optimizer.state[p] for p in self.parameters if "step" in network.optimizer.state.get(p, {})]

@@ -1,4 +1,4 @@
-"""See `Recorder`."""
+"""How functions are recorded, and when a recording is trusted: the half of an `Engine` that nobody calls from outside."""
 
 import threading
 from collections import OrderedDict
@@ -22,7 +22,7 @@ from sb3_ac_ext.engine.guard import (
     tensors_of_helpers,
 )
 from sb3_ac_ext.engine.kinds import LONGEST_WAIT, WARM_UP, Function, Kind, Means
-from sb3_ac_ext.engine.network import Network, Steps
+from sb3_ac_ext.engine.network import Network, Steps, identical
 from sb3_ac_ext.engine.recording import (
     TOLERANCE,
     Attribute,
@@ -46,11 +46,7 @@ class Recorder(Closed):
     """
     Makes recordings of functions, and trusts one when its replay has come to what the function did, for two batches.
 
-    :param owner: see `Engine`
-    :param networks: see `Engine`
-    :param enabled: see `Engine`
-    :param device: see `Engine`
-    :param rounding: see `Engine`
+    Its arguments are those of `Engine`.
     """
 
     def __init__(
@@ -60,10 +56,9 @@ class Recorder(Closed):
         *,
         enabled: bool = True,
         device: th.device | str = "cpu",
-        rounding: bool = True,
     ) -> None:
         self._owner, self._make_networks = owner, networks
-        self.enabled, self.device, self._rounding = enabled, th.device(device), rounding
+        self.enabled, self.device = enabled, th.device(device)
         self.networks: Mapping[str, Network] = {}
         self._kinds: OrderedDict[Hashable, Kind] = OrderedDict()
         self._plain: dict[str, str] = {}
@@ -109,7 +104,7 @@ class Recorder(Closed):
 
     def _steps_of(self, network: Network) -> Steps:
         steps = self._steps.get(network.optimizer)
-        if steps is None or not steps.serve(network):
+        if steps is None or not identical(steps.parameters, network.parameters):
             steps = self._steps[network.optimizer] = Steps(network)
             steps.rate.fill_(network.rate)
         return steps
@@ -235,7 +230,7 @@ class Recorder(Closed):
                     with tape.recording():
                         outputs = run()
                     outputs = {name: value.detach() for name, value in outputs.items()}
-                    replay = Replay(tape, outputs, self._rounding and not evaluates)
+                    replay = Replay(tape, outputs, rounding=not evaluates)
         finally:
             if not evaluates:
                 self._tape = None

@@ -93,7 +93,6 @@ class Replay:
         kept = {*tape.external, *tape.escaped(), *map(memory, outputs.values())}
         calls = plan(rewritten(tape.operations, rounding), kept)
         self.bytes = bytes_used(calls, tape.external)
-        self.external = [*tape.external.values()]
         self.draws = any(call.lasting for call in calls)
         self._calls = [(call.function, call.args, call.kwargs) for call in calls]
 
@@ -116,7 +115,7 @@ class Graph:
 
     def __init__(self, function: Callable[[], Values]) -> None:
         self._graph, stream = th.cuda.CUDAGraph(), th.cuda.Stream()
-        self.bytes, self.external, self.draws = 0, [], True  # type: ignore[var-annotated]
+        self.bytes, self.draws = 0, True
         stream.wait_stream(th.cuda.current_stream())
         try:
             with th.cuda.graph(self._graph, stream=stream):

@@ -57,7 +57,6 @@ class Learner:
         *,
         loss: Loss = squared_error,
         enabled: bool = True,
-        rounding: bool = True,
         dtype: th.dtype = th.float32,
         prepare: Callable[[nn.Module], Any] = lambda _: None,
         settings: Callable[[nn.Module], dict[str, Any]] = lambda _: {},
@@ -69,12 +68,12 @@ class Learner:
         self.optimizer = optimizer(self.net.parameters())
         self.rate, self.tau, self.scale = 1e-2, 0.25, 1.0
         self.settings = settings(self.net)
-        self.enabled, self.rounding = enabled, rounding
+        self.enabled = enabled
         self.renew()
 
     def renew(self) -> None:
         """Another engine, which knows nothing."""
-        self.engine = Engine(self, self.networks, enabled=self.enabled, rounding=self.rounding)
+        self.engine = Engine(self, self.networks, enabled=self.enabled)
 
     def networks(self) -> Mapping[str, Network]:
         return {"net": Network(self.net, self.optimizer, self.target, self.rate, **self.settings)}
