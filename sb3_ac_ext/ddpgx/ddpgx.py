@@ -9,6 +9,7 @@ DDPG (Lillicrap et al. 2016, "Continuous control with deep reinforcement learnin
         targets: theta_target <- tau theta + (1 - tau) theta_target
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
@@ -75,6 +76,8 @@ class DDPGX(OffPolicyMixin, DDPG):
     }
     policy: MlpPolicy
     _parameter_noise: ParameterNoise | None
+    _parameter_noise_spec: dict[str, Any] | None
+    """The argument as it was when the noise was started."""
     _parameter_noise_std: float | None = None
     """Sigma as it has been adapted, saved with the model."""
     _perturbed: PerturbedActors
@@ -130,13 +133,16 @@ class DDPGX(OffPolicyMixin, DDPG):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        spec = self.parameter_noise
-        self._parameter_noise = None if spec is None else ParameterNoise.parse(spec)
         self._perturbed = PerturbedActors()
-        if self._parameter_noise is None:
-            self._parameter_noise_std = None
-        elif self._parameter_noise_std is None:
-            self._parameter_noise_std = self._parameter_noise.std
+        saved = self._parameter_noise_std
+        self._start_parameter_noise()
+        if self._parameter_noise is not None and saved is not None:
+            self._parameter_noise_std = saved
+
+    def _start_parameter_noise(self) -> None:
+        spec = self._parameter_noise_spec = copy.copy(self.parameter_noise)
+        self._parameter_noise = None if spec is None else ParameterNoise.parse(spec)
+        self._parameter_noise_std = None if self._parameter_noise is None else self._parameter_noise.std
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
@@ -215,6 +221,8 @@ class DDPGX(OffPolicyMixin, DDPG):
         if self.num_timesteps < learning_starts and self.warmup == "uniform":
             return super()._sample_action(learning_starts, action_noise, n_envs)
         assert self._last_obs is not None
+        if self.parameter_noise != self._parameter_noise_spec:
+            self._start_parameter_noise()
         greedy = self.policy.scale_action(self.predict(self._last_obs)[0])
         noise = self._scaled_noise(action_noise)
         actions = greedy if self._parameter_noise is None else self._act_perturbed().reshape(greedy.shape)
@@ -245,4 +253,4 @@ class DDPGX(OffPolicyMixin, DDPG):
             self.logger.record_mean("train/parameter_noise_distance", distance)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_parameter_noise", "_perturbed"]
+        return [*super()._excluded_save_params(), "_parameter_noise", "_parameter_noise_spec", "_perturbed"]
