@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch as th
 from interventions import INTERVENTIONS, REMEMBERING
-from models import CRITICS, OFF_POLICY, ON_POLICY, environment, rows, small_model
+from models import CRITICS, OFF_POLICY, ON_POLICY, environment, rows
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import CallbackList, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.logger import KVWriter, Logger
@@ -351,27 +351,3 @@ def test_one_after_another(row: str, sequence: int) -> None:
             subject.trajectory.append(numbers(subject.model))
         outcomes.append(observe(subject, None))
     assert_same(*outcomes, ATOL, [do.__name__ for do in drawn])
-
-
-# An argument that is set later is the constructor's
-
-
-@rows(OFF_POLICY)
-@pytest.mark.parametrize(
-    ("name", "start", "value"),
-    [
-        ("max_grad_norm", None, 1e-2),
-        ("max_grad_norm", 1e-2, {"actor": 1e-3}),
-        ("max_grad_norm", {"actor": 1e-2}, None),
-        ("exploration_noise", {"type": "normal", "start": 0.5}, {"type": "normal", "start": 0.1, "end": 0.05, "steps": 30}),
-    ],
-    ids=str,
-)
-def test_setting_is_as_constructing(row: str, name: str, start: Any, value: Any) -> None:
-    constructed, late = small_model(row, engine=False, **{name: value}), small_model(row, **{name: start})
-    setattr(late, name, value)
-    trained = []
-    for model in (constructed, late):
-        model.set_random_seed(0)
-        trained.append(numbers(model.learn(40)))
-    th.testing.assert_close(*trained, rtol=0, atol=ATOL)
