@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, check_number
+from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, UnsupportedError, check_number
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,8 @@ def test_errors_are_caught_as_those_of_sb3(sb3: type[Exception]) -> None:
             check_number("x", value, low=0)
         assert caught.type is ours
     assert issubclass(ArgumentTypeError, TypeError)
+
+
+def test_what_is_unsupported_is_an_assertion_of_sb3() -> None:
+    assert issubclass(UnsupportedError, NotImplementedError)
+    assert issubclass(UnsupportedError, AssertionError)
