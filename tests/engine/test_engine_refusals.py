@@ -1,7 +1,7 @@
 """What a list of operations cannot do again is refused, without a trace: everything is as if the function had run once."""
 
+import contextlib
 import copy
-import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -31,10 +31,6 @@ def made(term: Term) -> Callable[[Learner, Batch], th.Tensor]:
     return loss
 
 
-def unique_sum(x: th.Tensor) -> th.Tensor:
-    return x.round().unique().sum()
-
-
 def branches(x: th.Tensor) -> th.Tensor:
     return x.sum() if x.sum() > 0 else x.mean()
 
@@ -59,91 +55,55 @@ VALUES: dict[str, Term] = {
     "float": lambda x: float(x.mean()),
     "int": lambda x: int(10 * x.mean()) / 10,
     "complex": lambda x: complex(x.mean()).real,
-    "math": lambda x: math.exp(x.mean()),  # type: ignore[arg-type]
-    "round": lambda x: round(x.mean().item(), 2),
     "tolist": lambda x: x.tolist()[0][0],
     "numpy": lambda x: float(x.numpy().mean()),
-    "numpy of a copy": lambda x: float(x.detach().cpu().numpy().mean()),
     "array": lambda x: float(np.asarray(x).mean()),
     "dlpack": lambda x: float(np.from_dlpack(x).mean()),
     "storage": lambda x: x.untyped_storage().tolist()[0] / 100,
     "tensor of tensors": lambda x: th.tensor([x.mean(), x.amax()]).sum(),
-    "tensor of tensors and numbers": lambda x: th.as_tensor([[x.mean(), 1.0], [2.0, 3.0]]).sum(),
     "new tensor": lambda x: x.new_tensor([x.mean(), 1.0]).sum(),
     "old constructor": lambda x: th.Tensor([x.mean(), 1.0]).sum(),
-    "as tensor": lambda x: th.as_tensor(x.numpy().copy()).mean(),
     "format": spoken,
     "text": lambda x: float(str(x[0, 0])[7:12]),
-    "representation": lambda x: float(repr(x[0, 0])[7:12]),
     "deepcopy": lambda x: copy.deepcopy(x).mean(),
-    "deepcopy of values": lambda x: copy.deepcopy(x.tolist())[0][0],
     "if": branches,
     "while": grows,
     "assert": asserted,
-    "not": lambda x: float(not x[0, 0] > 0),
-    "max of a list": lambda x: max(*x[:, 0]),
     "sorted": lambda x: sorted(x[:, 0])[1],  # type: ignore[type-var]
     "in": lambda x: float(0.5 in x.round(decimals=1)),
     "equal": lambda x: float(th.equal(x, x.round())),
-    "allclose": lambda x: float(th.allclose(x, x.round(), atol=0.4)),
     "is_nonzero": lambda x: float(th.is_nonzero((x[0, 0] > 0).long())),
     "mask": lambda x: x[x > 0].sum(),
-    "mask of rows": lambda x: x[x[:, 0] > 0].sum(),
-    "mask and column": lambda x: x[x[:, 0] > 0, 1].sum(),
     "sparse": lambda x: th.sparse.sum(x.clamp(min=0).to_sparse()),
     "masked_select": lambda x: x.masked_select(x > 0).sum(),
-    "nonzero": lambda x: len(x.clamp(min=0).nonzero()) / 10,
     "where": lambda x: len(th.where(x > 0)[0]) / 10,
-    "argwhere": lambda x: len(th.argwhere(x > 0)) / 10,
-    "unique": unique_sum,
-    "unique_consecutive": lambda x: x.round().flatten().unique_consecutive().sum(),
-    "count_nonzero in Python": lambda x: int((x > 0).count_nonzero()) / 10,
-    "bincount": lambda x: len(x.flatten().abs().long().bincount()) / 10,
+    "unique": lambda x: x.round().unique().sum(),
     "one_hot": lambda x: F.one_hot(x[:, 0].abs().long()).shape[1] / 10,
     "repeat_interleave": lambda x: x.repeat_interleave(x[:, 0].abs().long(), dim=0).sum(),
     "index": lambda x: x[int(x.sum(dim=1).argmax())].sum(),
     "index of a list": lambda x: [0.1, 0.2, 0.3, 0.4, 0.5][x.sum(dim=1).argmax()],  # type: ignore[call-overload]
-    "slice": lambda x: x[: x.sum(dim=1).argmax() + 1].sum(),
-    "range": lambda x: sum(range(x.sum(dim=1).argmax())) / 10,  # type: ignore[arg-type]
     "shape": lambda x: th.ones(x.sum(dim=1).argmax() + 1).sum() / 10,  # type: ignore[call-overload]
-    "split": lambda x: x.split([x.sum(dim=1).argmax().item(), 5 - x.sum(dim=1).argmax().item()])[0].sum(),
     "distribution with own check": lambda x: th.distributions.Normal(x, 1.0).log_prob(x).sum() if x.isfinite().all() else 0.0,
 }
 """Values of the inputs, read by Python."""
 
 REFUSED_OR_FOLLOWED: dict[str, Term] = {
-    "item of a tensor index": lambda x: x[x.sum(dim=1).argmax()].sum(),
     "alpha": lambda x: x.add(x, alpha=x.mean()).sum(),  # type: ignore[arg-type]
     "standard deviation": lambda x: th.empty(3).normal_(0, x.std()).sum(),  # type: ignore[arg-type]
-    "mean": lambda x: th.zeros(3).normal_(x.mean(), 0).sum(),  # type: ignore[arg-type]
-    "uniform": lambda x: th.zeros(3).uniform_(0, x.std()).sum(),  # type: ignore[arg-type]
     "delta": lambda x: F.huber_loss(x, x * 2, delta=x.abs().mean()),  # type: ignore[arg-type]
     "p of dropout": lambda x: F.dropout(x, x.std().clamp(0.1, 0.9)).sum(),  # type: ignore[arg-type]
-    "negative slope": lambda x: F.leaky_relu(x, x.mean()).sum(),  # type: ignore[arg-type]
     "full": lambda x: th.full((3,), x.mean()).sum(),  # type: ignore[call-overload]
     "fill": lambda x: th.zeros(3).fill_(x.mean()).sum(),
     "clamp": lambda x: x.clamp(-x.std(), x.std()).sum(),
     "lerp": lambda x: x.lerp(2 * x, x.mean()).sum(),
     "power": lambda x: (x.abs() ** x.std()).sum(),
-    "power of a number": lambda x: 2 ** x.std(),
     "arange": lambda x: th.arange(x.abs().amax()).sum(),  # type: ignore[call-overload]
     "linspace": lambda x: th.linspace(0, x.mean(), 3).sum(),
     "masked assignment": lambda x: x.clone().index_put((x > 0,), th.zeros(())).sum(),
-    "masked fill": lambda x: x.masked_fill(x > 0, x.mean()).sum(),
-    "masked scatter": lambda x: x.masked_scatter(x > 0, x.flatten()).sum(),
     "multinomial": lambda x: x.flatten()[x.flatten().softmax(0).multinomial(2)].sum(),
     "index tensor": lambda x: x[x.argmax(dim=0)].sum(),
     "gather": lambda x: x.gather(1, x.argmax(dim=1, keepdim=True)).sum(),
     "sort": lambda x: x.sort(dim=0).values[0].sum(),
-    "quantile": lambda x: x.quantile(0.5),
-    "searchsorted": lambda x: th.searchsorted(x.flatten().sort().values, x[0]).sum(),
-    "cummax": lambda x: x.cummax(dim=0).values.sum(),
-    "histogram": lambda x: th.histc(x, 4, -1, 1)[0],
-    "determinant": lambda x: th.linalg.det(x[:3] + 3 * th.eye(3)),
-    "solve": lambda x: th.linalg.solve(x[:3] + 3 * th.eye(3), x[0]).sum(),
-    "cholesky": lambda x: th.linalg.cholesky(x.t() @ x + th.eye(3)).sum(),
-    "eigenvalues": lambda x: th.linalg.eigvalsh(x.t() @ x).amax(),
-    "where with a number": lambda x: th.where(x > 0, x, 0.5).sum(),
     "len and shape": lambda x: x.sum() / len(x) / x.shape[1] / x.numel(),
     "attribute": lambda x: x.sum() if not x.requires_grad and x.dim() == 2 and x.device.type == "cpu" else 0.0,
     "one_hot of n": lambda x: (F.one_hot(x.argmax(dim=1), 3) * x).sum(),
@@ -158,19 +118,17 @@ GENERATOR = th.Generator().manual_seed(0)
 
 UNWATCHED: dict[str, Term] = {
     "tensor": lambda x: HIDDEN["tensor"],
-    "view of a tensor": lambda x: HIDDEN["tensor"].expand(3).sum(),  # type: ignore[union-attr]
     "data of a tensor": lambda x: HIDDEN["tensor"].data * 2,  # type: ignore[union-attr]
+    "tensor that is written to": lambda x: HIDDEN["tensor"].mul_(x.mean()),  # type: ignore[union-attr]
     "tensor by default": lambda x, y=HIDDEN["tensor"]: (x * y).mean(),
 }
 """Memory that nobody watches, read by operations."""
 
 FROZEN: dict[str, Term] = {
     "numpy's generator": lambda x: np.random.rand(),
-    "numpy's generator as a tensor": lambda x: th.tensor(np.random.rand(3), dtype=th.float32).sum(),
     "numpy's generator as a shared tensor": lambda x: th.as_tensor(np.random.rand(3).astype(np.float32)).sum(),
     "Python's generator": lambda x: random.random(),
     "drawn rows": lambda x: x[random.sample(range(5), 2)].sum(),
-    "drawn rows as an array": lambda x: x[np.random.permutation(5)[:2]].sum(),
     "dropout by hand": lambda x: (x * th.tensor(np.random.rand(5, 3) > 0.5)).sum(),
     "array": lambda x: th.from_numpy(HIDDEN["array"].copy()).sum(),  # type: ignore[attr-defined]
     "array as a tensor": lambda x: th.as_tensor(HIDDEN["array"] + 1).sum(),  # type: ignore[operator]
@@ -344,54 +302,31 @@ def test_a_replay_that_fails_leaves_no_trace(optimizer: str) -> None:
 
 
 class Failing(Learner):
-    """Fails when it is told to."""
+    """Raises what it is told to."""
 
-    fails = False
+    error: type[BaseException] | None = None
 
     def update(self, batch: Batch, delayed: bool = True) -> Values:
         outputs = super().update(batch, delayed)
-        if self.fails:
-            raise ArithmeticError("as it was told")
+        if self.error is not None:
+            raise self.error
         return outputs
 
 
+@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
 @pytest.mark.parametrize("failing", [0, 1, 2, 5])
-def test_an_exception_among_updates(failing: int) -> None:
+def test_an_exception_among_updates(failing: int, error: type[BaseException]) -> None:
     """Where it would be recorded, verified and replayed; then it goes on."""
     ours, theirs = Failing(), Failing(enabled=False)
-    for one in (ours, theirs):
-        for step in range(8):
-            one.fails = step == failing
-            if one.fails:
-                with pytest.raises(ArithmeticError, match="as it was told"):
-                    one.train([step])
-            else:
+    for step in range(8):
+        for one in (ours, theirs):
+            one.error = error if step == failing else None
+            with pytest.raises(error) if step == failing else contextlib.nullcontext():
                 one.train([step])
-    assert_same(ours.state(), theirs.state(), 1e-6)
-
-
-class Interrupted(Learner):
-    interrupts = False
-
-    def update(self, batch: Batch, delayed: bool = True) -> Values:
-        outputs = super().update(batch, delayed)
-        if self.interrupts:
-            raise KeyboardInterrupt
-        return outputs
-
-
-def test_an_interrupted_recording_can_be_made_again() -> None:
-    own, expected = Interrupted(), Learner(enabled=False)
-    own.interrupts = True
-    with pytest.raises(KeyboardInterrupt):
-        own.train([0])
-    own.interrupts = False
+        if error is KeyboardInterrupt and step == failing:
+            theirs.copy_from(ours)  # an interrupted update is done in part
     assert th._C._len_torch_dispatch_stack() == th._C._len_torch_function_stack() == 0
-    expected.copy_from(own)
-    for one in (own, expected):
-        one.train(range(1, 5))
-    assert_same(own.state(), expected.state(), 1e-6)
-    assert own.engine.report() == {"update": "replayed"}
+    assert_same(ours.state(), theirs.state(), 1e-6)
 
 
 # Batches
@@ -451,33 +386,20 @@ class Nested(Learner):
         lambda i: (numbers(i, 0, 3), numbers(i, 2)),
         lambda i: (numbers(i, 3), np.float32(i)),
         lambda i: (numbers(i, 3).requires_grad_(), nn.Parameter(numbers(i, 2))),
-    ],
-    ids=["others", "dict", "arrays", "types", "strides", "strides of arrays", "empty", "number", "gradients"],
-)
-def test_batches_of_any_kind(batch: Callable[[int], tuple[Any, ...]]) -> None:
-    ours, theirs = Nested(), Nested(enabled=False)
-    for i in range(5):
-        own, expected = (one.engine.run(one.total, batch(i))["total"] for one in (ours, theirs))
-        assert th.isclose(own, expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [
         lambda i: ((numbers(i, 3), numbers(i, 2)), numbers(i, 1)),
         lambda i: ({"a": {"b": numbers(i, 3)}},),
         lambda i: ([numbers(i, 3)],),
     ],
-    ids=["tuple in a tuple", "dict in a dict", "list"],
 )
-def test_batches_that_nobody_promised(batch: Callable[[int], tuple[Any, ...]]) -> None:
+def test_batches_of_any_kind(batch: Callable[[int], tuple[Any, ...]]) -> None:
     """What is not looked into is refused, or runs as it stands."""
     ours, theirs = Nested(), Nested(enabled=False)
     for i in range(5):
-        try:
-            own = ours.engine.run(ours.total, batch(i))["total"]
-        except TypeError:
+        expected: Any = None
+        with contextlib.suppress(TypeError):
+            expected = theirs.engine.run(theirs.total, batch(i))["total"]
+        if expected is None:
             with pytest.raises(TypeError):
-                theirs.engine.run(theirs.total, batch(i))
+                ours.engine.run(ours.total, batch(i))
         else:
-            assert th.isclose(own, theirs.engine.run(theirs.total, batch(i))["total"], rtol=1e-6, atol=1e-6)
+            assert th.isclose(ours.engine.run(ours.total, batch(i))["total"], expected, rtol=1e-6, atol=1e-6)
