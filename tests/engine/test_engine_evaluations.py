@@ -66,18 +66,20 @@ def at_once(*functions: Callable[[], Any]) -> list[Any]:
     return results
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
-def test_the_same_bits_as_the_function(rows: int) -> None:
-    own = Actor(lambda: nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.LayerNorm(64), nn.Linear(64, 2), nn.Tanh()))
+def test_the_same_bits_as_the_function(rows: int, dtype: Any) -> None:
+    layers = [nn.Linear(3, 64), nn.ReLU(), nn.LayerNorm(64), nn.Linear(64, 2), nn.Tanh()]
+    own = Actor(lambda: nn.Sequential(*layers), dtype=th.as_tensor(dtype(0)).dtype)
     answers = 0
     for i in range(10):
-        given = observation(i, rows)
+        given = observation(i, rows).astype(dtype)
         outputs = own.engine.evaluate(own.act, (given,))
         if outputs is not None:
             answers += 1
             for name, value in own.expected(given).items():
                 np.testing.assert_array_equal(outputs[name], value)
-                assert outputs[name].dtype == value.dtype and outputs[name].shape == value.shape
+                assert outputs[name].dtype == value.dtype == dtype and outputs[name].shape == value.shape
     assert answers >= 6
     assert own.engine.report() == {"act": "replayed"}
 
@@ -112,15 +114,12 @@ def test_what_is_returned_is_the_callers() -> None:
     np.testing.assert_array_equal(second["actions"], own.expected(observation(1))["actions"])
 
 
-def test_a_function_that_runs_a_few_times_is_not_recorded() -> None:
-    own = Actor()
-    assert [own.engine.evaluate(own.act, (observation(0, rows),)) for rows in range(1, 40)] == [None] * 39
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_function_that_is_not_recorded(enabled: bool) -> None:
+    """As it is switched off, or hardly runs twice for batches of one kind."""
+    own = Actor(enabled=enabled)
+    assert [own.engine.evaluate(own.act, (observation(0, rows if enabled else 1),)) for rows in range(1, 40)] == [None] * 39
     assert own.engine.memory() == 0
-
-
-def test_switched_off() -> None:
-    own = Actor(enabled=False)
-    assert [own.engine.evaluate(own.act, (observation(i),)) for i in range(10)] == [None] * 10
 
 
 def test_nothing_is_differentiated_or_logged() -> None:
@@ -149,27 +148,19 @@ def test_modes_of_the_caller(mode: Any, first: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "given",
-    [
-        lambda i: np.asfortranarray(observation(i, 4)),
-        lambda i: observation(i, 8)[::2],
-        lambda i: observation(i, 4)[::-1],
-        lambda i: observation(i, 4).astype(">f4"),
-    ],
-    ids=["columns", "every other", "reversed", "byte order"],
+    "given", [np.asfortranarray, lambda x: np.repeat(x, 2, axis=0)[::2], lambda x: np.flip(x.copy(), 0)], ids=str
 )
-def test_arrays_of_any_layout(given: Callable[[int], np.ndarray]) -> None:
+def test_arrays_of_any_layout(given: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Or an error as PyTorch's, which takes no negative strides, where it is not replayed yet."""
     own = Actor()
-    answers = 0
     for i in range(10):
         try:
-            outputs = own.engine.evaluate(own.act, (given(i),))
-        except (TypeError, ValueError):
-            continue  # as PyTorch, which takes neither negative strides nor other byte orders
+            outputs = own.engine.evaluate(own.act, (given(observation(i, 4)),))
+        except ValueError as error:
+            assert "negative" in str(error)
+            continue
         if outputs is not None:
-            answers += 1
-            np.testing.assert_array_equal(outputs["actions"], own.expected(np.array(given(i), np.float32))["actions"])
-    assert answers > 0 or given(0).dtype != np.float32 or min(given(0).strides) < 0
+            np.testing.assert_array_equal(outputs["actions"], own.expected(np.array(given(observation(i, 4))))["actions"])
 
 
 def test_weights_are_those_of_the_moment() -> None:
@@ -302,25 +293,9 @@ def test_two_owners_train_at_once() -> None:
             own.train([step])
         return own.state()
 
-    learners = [Learner(), Learner(lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))]
-    alone = [Learner(), Learner(lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))]
-    together = at_once(*(lambda own=own: train(own) for own in learners))
-    for own, other in zip(together, alone, strict=True):
+    together = at_once(*(lambda own=own: train(own) for own in (Learner(), Learner(optimizer=th.optim.AdamW))))
+    for own, other in zip(together, (Learner(), Learner(optimizer=th.optim.AdamW)), strict=True):
         assert_same(own, train(other), 1e-6)
-
-
-class Branching(Actor):
-    """Acts in a way that has to be refused."""
-
-    def act(self, batch: tuple[th.Tensor], deterministic: bool = True) -> Values:
-        mean = self.net(batch[0])
-        return {"actions": mean if float(mean.sum()) > 0 else -mean}
-
-
-def test_what_cannot_be_recorded_is_left_to_the_caller() -> None:
-    own = Branching()
-    assert [own.engine.evaluate(own.act, (observation(i),)) for i in range(30)] == [None] * 30
-    assert "reads the values of a tensor" in own.engine.report()["act"]
 
 
 class Checked(Actor):
@@ -366,16 +341,3 @@ def test_updates_with_what_distributions_refuse() -> None:
                 one.engine.end()
         assert_same(ours.state(), theirs.state(), 1e-5)
     assert ours.engine.report() == {"update": "replayed"}
-
-
-@pytest.mark.parametrize("rows", [1, 5])
-def test_networks_in_double_precision(rows: int) -> None:
-    own, answers = Actor(dtype=th.float64), 0
-    for i in range(ENOUGH + 3):
-        given = observation(i, rows).astype(np.float64)
-        outputs = own.engine.evaluate(own.act, (given,))
-        if outputs is not None:
-            answers += 1
-            assert outputs["actions"].dtype == np.float64
-            np.testing.assert_array_equal(outputs["actions"], own.expected(given)["actions"])
-    assert answers > 3
