@@ -114,6 +114,25 @@ class Learner:
         }
 
 
+def assert_in_step(make: Callable[[bool], Learner], steps: int = 5, atol: float | None = 1e-6) -> Learner:
+    """
+    Train with the engine and without it, and compare everything after each update.
+
+    :param make: a learner, given whether its engine is enabled
+    :param atol: largest difference; None for the same bits
+    :return: the learner with the engine
+    """
+    ours, theirs = make(True), make(False)
+    for step in range(steps):
+        logs = []
+        for one in (ours, theirs):
+            th.manual_seed(step)
+            logs.append(one.train([step]))
+        assert_same(logs[0], logs[1], None if atol is None else 10 * atol)
+        assert_same(ours.state(), theirs.state(), atol)
+    return ours
+
+
 def numbers(seed: int, *shape: int, dtype: th.dtype = th.float32) -> th.Tensor:
     """Drawn without a look at the global generators."""
     return th.randn(*shape, generator=th.Generator().manual_seed(seed), dtype=dtype)

@@ -298,6 +298,19 @@ def test_two_owners_train_at_once() -> None:
         assert_same(own, train(other), 1e-6)
 
 
+class Branching(Actor):
+    """Acts in a way that has to be refused."""
+
+    def act(self, batch: tuple[th.Tensor], deterministic: bool = True) -> Values:
+        return {"actions": self.net(batch[0]) if float(batch[0].sum()) > 0 else -self.net(batch[0])}
+
+
+def test_what_cannot_be_recorded_is_left_to_the_caller() -> None:
+    own = Branching()
+    assert [own.engine.evaluate(own.act, (observation(i),)) for i in range(30)] == [None] * 30
+    assert "reads the values of a tensor" in own.engine.report()["act"]
+
+
 class Checked(Actor):
     """With a distribution whose arguments are validated."""
 
