@@ -68,15 +68,26 @@ def untested(path: Path) -> set[str]:
     return {word.strip(",") for comment in comments for word in comment.split("(")[0].split()}
 
 
-def entries(path: Path) -> list[str]:
-    return [name for name in read(path) if name != "default"]
+def entries() -> list[Any]:
+    """
+    Every entry of every file, with its environment.
+
+    By default one environment is trained in for all entries of a file that differ by it, or by the length of training, alone.
+    """
+    found = []
+    for path in FILES:
+        seen = []
+        for env_id, values in read(path).items():
+            others = {name: value for name, value in values.items() if name != "n_timesteps"}
+            again = others in seen and env_id not in untested(path)
+            if env_id != "default":
+                marks = [pytest.mark.slow] if again else []
+                found.append(pytest.param(path, env_id, id=f"{path.stem}-{env_id}", marks=marks))
+                seen += [] if env_id in untested(path) else [others]
+    return found
 
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-every_entry = pytest.mark.parametrize(
-    ("path", "env_id"),
-    [pytest.param(path, env_id, id=f"{path.stem}-{env_id}") for path in FILES for env_id in entries(path)],
-)
 
 
 def test_studies_are_found():
@@ -102,6 +113,13 @@ def test_keys_are_arguments_and_required_ones_are_there(path: Path):
         # The Zoo evaluates a missing noise type, not a null one
         assert values.get("noise_type", "normal") is not None, env_id
         assert ("noise_type" in values) == ("noise_std" in values), env_id
+
+
+@every_file
+def test_environments_are_known(path: Path):
+    for env_id in read(path).keys() - untested(path) - {"default"}:
+        if not env_id.startswith(("MPE", "ALE/")):  # which come with extras
+            assert gym.spec(env_id).id == env_id
 
 
 def test_file_has_a_default_and_every_environment_that_the_zoo_tuned(spec: AlgoSpec):
@@ -134,7 +152,7 @@ def test_values_are_the_zoos(name: str, cls: type):
         assert successor not in gym.registry or ours[successor] == ours[env_id], env_id
 
 
-@every_entry
+@pytest.mark.parametrize(("path", "env_id"), entries())
 def test_entry_trains(path: Path, env_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The Zoo builds the model from the file; it takes a few dozen steps, some of them with updates."""
     if env_id in untested(path):
