@@ -11,18 +11,17 @@ import pytest
 from conftest import Command
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env as check_gymnasium_env
+from models import small_model
 from parallel_environments import Crowd, Meadow
 from stable_baselines3.common.env_checker import check_env as check_sb3_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNormalize
 
 from sb3_ac_ext import MADDPG
 from sb3_ac_ext.envs.joint import MPE_TASKS, mpe_id, register_mpe
 from sb3_ac_ext.maddpg import Agent, JointBox, JointEnv, register_parallel_env
 from sb3_ac_ext.validation import NonFiniteError, UnsupportedError
-
-SMALL = {"net_arch": [8]}
 
 
 @pytest.fixture
@@ -155,8 +154,8 @@ class Sloppy(Crowd):
 
 @pytest.mark.parametrize("infos", [None, {"agent_0": None, "agent_1": {}}], ids=["no infos", "no info"])
 def test_arrays_of_one_number_and_missing_infos(infos: Any, tmp_path: Path) -> None:
-    model = MADDPG("MlpPolicy", Sloppy(infos), policy_kwargs=SMALL, learning_starts=5, batch_size=4).learn(30)
-    assert model._n_updates > 0 and model.replay_buffer.agent_rewards[:30].any(axis=0).all()  # type: ignore[union-attr]
+    model = small_model("maddpg", env=Sloppy(infos)).learn(30)
+    assert model._n_updates > 0 and model.replay_buffer.agent_rewards[:30].any(axis=0).all()
     joint, _ = JointEnv(Sloppy()).reset(seed=0)
     model.save_agent("agent_0", tmp_path / "agent")
     for number in (1, 3):
@@ -204,15 +203,13 @@ def test_pettingzoo_finds_the_test_environments_sound() -> None:
         parallel_api_test(parallel, num_cycles=20)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("vec_env", [DummyVecEnv, SubprocVecEnv])
-def test_vectorised(vec_env: Any) -> None:
-    env = make_vec_env(lambda: JointEnv(Meadow(length=3)), n_envs=2, vec_env_cls=vec_env)
+def test_processes_of_their_own() -> None:
+    env = make_vec_env(lambda: JointEnv(Meadow(length=3)), n_envs=2, vec_env_cls=SubprocVecEnv)
     try:
         assert env.observation_space == JointEnv(Meadow()).observation_space
-        model = MADDPG("MlpPolicy", env, policy_kwargs=SMALL, learning_starts=10, batch_size=4, buffer_size=100, seed=0)
-        model.learn(30)
+        model = small_model("maddpg", env=env).learn(30)
         assert model._n_updates > 0
-        batch = model.replay_buffer._get_samples(np.arange(15))  # type: ignore[union-attr]
+        batch = model.replay_buffer._get_samples(np.arange(15))
         t = batch.next_observations[:, 0]
         np.testing.assert_allclose(batch.rewards, np.stack([t, -t, 10 * t], axis=1))
     finally:
@@ -220,8 +217,8 @@ def test_vectorised(vec_env: Any) -> None:
 
 
 def test_evaluation() -> None:
-    model = MADDPG("MlpPolicy", Meadow(length=3), policy_kwargs=SMALL)
-    assert evaluate_policy(model, model.get_env(), n_eval_episodes=3)[0] == 60  # type: ignore[arg-type]
+    model = small_model("maddpg", env=Meadow(length=3))
+    assert evaluate_policy(model, model.get_env(), n_eval_episodes=3)[0] == 60
 
 
 # Ids
@@ -235,15 +232,9 @@ def test_registered_ids_make_joint_environments(registry: None) -> None:
     assert env.unwrapped.parallel_env.ends["cow"] == (4, "terminates")
     assert gym.make("Meadow-v0", length=7).unwrapped.parallel_env.ends["cow"] == (7, "terminates")  # type: ignore[attr-defined]
     assert gym.make("Meadow-v0", render_mode="rgb_array").render_mode == "rgb_array"
-    model = MADDPG("MlpPolicy", "Shadow-v0", policy_kwargs=SMALL, learning_starts=5, batch_size=4).learn(20)
+    model = small_model("maddpg", env="Shadow-v0").learn(20)
     assert model._n_updates > 0
-    assert not model.replay_buffer.agent_terminated.any()  # type: ignore[union-attr]  # its limit truncates
-
-
-def test_mpe_ids() -> None:
-    names = {mpe_id(task, continuous) for task in MPE_TASKS for continuous in (False, True)}
-    assert {"MPESimpleSpread-v3", "MPESimpleSpreadContinuous-v3", "MPESimpleSpeakerListener-v4", "MPESimple-v3"} <= names
-    assert len(names) == 2 * len(MPE_TASKS)
+    assert not model.replay_buffer.agent_terminated.any()  # its limit truncates
 
 
 def test_mpe_tasks_are_registered_with_the_extra_only(registry: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,19 +267,26 @@ def test_mpe_tasks(task: str, continuous: bool) -> None:
     env.close()
 
 
-def test_zoo_trains_watches_and_searches_by_name(python: Command, tmp_path: Path) -> None:
+MPE = ("--algo", "maddpg", "--env", "MPESimpleSpread-v3", "-f", "logs", "--num-threads", 1)
+SOON = ("-params", "learning_starts:100", "batch_size:16", "buffer_size:1000", "policy_kwargs:{'net_arch':[8]}")
+
+
+def test_zoo_trains_by_name(python: Command, tmp_path: Path) -> None:
     pytest.importorskip("mpe2")
-    task = ("--algo", "maddpg", "--env", "MPESimpleSpread-v3", "-f", "logs")
-    small = ("-params", "learning_starts:100", "batch_size:16", "buffer_size:1000", "policy_kwargs:{'net_arch':[8]}")
-    several = ("--vec-env", "subproc", "-params", *small[1:], "n_envs:2", "centralised:False")
-    evaluated = ("-n", 400, "--eval-freq", 200, "--eval-episodes", 1, "--num-threads", 1)
-    python("-m", "rl_zoo3.train", *task, *evaluated, *several, cwd=tmp_path)
+    evaluated = ("-n", 200, "--eval-freq", 150, "--eval-episodes", 1, *SOON, "centralised:False")
+    python("-m", "rl_zoo3.train", *MPE, *evaluated, cwd=tmp_path)
     (run,) = (tmp_path / "logs" / "maddpg").glob("MPESimpleSpread-v3_1")
     assert MADDPG.load(run / "best_model.zip").action_space.parts.keys() == {"agent_0", "agent_1", "agent_2"}  # type: ignore[attr-defined]
-    shown = python("-m", "rl_zoo3.enjoy", *task, "-n", 50, "--no-render", cwd=tmp_path).stdout
+
+
+@pytest.mark.slow
+def test_zoo_uses_processes_watches_and_searches_by_name(python: Command, tmp_path: Path) -> None:
+    pytest.importorskip("mpe2")
+    python("-m", "rl_zoo3.train", *MPE, "-n", 400, "--vec-env", "subproc", *SOON, "n_envs:2", cwd=tmp_path)
+    shown = python("-m", "rl_zoo3.enjoy", *MPE, "-n", 50, "--no-render", cwd=tmp_path).stdout
     assert "2 Episodes" in shown and "Mean reward: -" in shown
-    search = ("-optimize", "-n", 150, "--n-trials", 2, "--n-evaluations", 1, "--no-optim-plots", "--num-threads", 1)
-    assert "Best trial:" in python("-m", "rl_zoo3.train", *task, *search, *small, cwd=tmp_path).stdout
+    search = ("-optimize", "-n", 150, "--n-trials", 2, "--n-evaluations", 1, "--no-optim-plots")
+    assert "Best trial:" in python("-m", "rl_zoo3.train", *MPE, *search, *SOON, cwd=tmp_path).stdout
 
 
 # Refusals
@@ -349,36 +347,18 @@ class Broken(Meadow):
 )
 def test_faults_of_the_environment_are_named(fault: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        MADDPG("MlpPolicy", Broken(fault), policy_kwargs=SMALL).learn(20)
-
-
-class TakesTurns(Meadow):
-    """Follows PettingZoo's other interface."""
-
-    def agent_iter(self) -> None:
-        """Agents in turn."""
-
-    def last(self) -> None:
-        """What the agent in turn sees."""
+        small_model("maddpg", env=Broken(fault)).learn(20)
 
 
 def test_agents_that_take_turns_are_refused_with_the_way_out() -> None:
-    message = (
-        r"must be a PettingZoo ParallelEnv.*\(AEC\), TakesTurns; convert it with pettingzoo.utils.conversions.aec_to_parallel"
-    )
-    with pytest.raises(TypeError, match=message):
-        MADDPG("MlpPolicy", TakesTurns())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=message):
-        JointEnv(TakesTurns())
-
-
-def test_real_agents_that_take_turns() -> None:
     pytest.importorskip("mpe2")
     from mpe2 import simple_spread_v3
     from pettingzoo.utils.conversions import aec_to_parallel
 
-    with pytest.raises(TypeError, match=r"\(AEC\).*aec_to_parallel"):
-        JointEnv(simple_spread_v3.env())
+    message = r"must be a PettingZoo ParallelEnv.*\(AEC\).*; convert it with pettingzoo.utils.conversions.aec_to_parallel"
+    for make in (JointEnv, lambda env: small_model("maddpg", env=env)):
+        with pytest.raises(TypeError, match=message):
+            make(simple_spread_v3.env())
     JointEnv(aec_to_parallel(simple_spread_v3.env())).reset(seed=0)
 
 
@@ -389,64 +369,55 @@ def test_other_things_are_no_environments() -> None:
         register_parallel_env("Meadow-v0", "Meadow")
 
 
-def with_action_space(space: spaces.Space) -> Meadow:
-    env = Meadow()
-    env.actions = {**env.actions, "fly": space}  # type: ignore[misc]
-    return env
-
-
 @pytest.mark.parametrize(
     ("space", "message"),
     [
         (spaces.MultiDiscrete([2, 3]), r"actions of agent 'fly' must be Discrete or a Box of floats, got MultiDiscrete"),
         (spaces.Box(0, 5, (2,), np.int64), r"actions of agent 'fly' must be Discrete or a Box of floats, got Box"),
         (spaces.Sequence(spaces.Discrete(2)), r"the space of agent 'fly' must have a flat form, got Sequence"),
+        (spaces.Box(-np.inf, np.inf, (2,)), r"finite"),
     ],
-    ids=["multidiscrete", "integers", "sequence"],
+    ids=["multidiscrete", "integers", "sequence", "unbounded"],
 )
 def test_action_spaces_that_cannot_be_joint(space: spaces.Space, message: str) -> None:
+    env = Meadow()
+    env.actions = {**env.actions, "fly": space}  # type: ignore[misc]
     with pytest.raises(UnsupportedError, match=message):
-        JointEnv(with_action_space(space))
+        small_model("maddpg", env=env)
 
 
-def test_unbounded_actions() -> None:
-    with pytest.raises(AssertionError, match="finite"):
-        MADDPG("MlpPolicy", with_action_space(spaces.Box(-np.inf, np.inf, (2,))))  # type: ignore[arg-type]
+class WithoutInfo(gym.Wrapper):
+    """Drops what the joint environment tells beside the observation."""
+
+    def step(self, action: Any) -> Any:
+        return (*self.env.step(action)[:4], {})
 
 
 def test_wrappers_that_break_the_joint_spaces() -> None:
     with pytest.raises(UnsupportedError, match="must be those of a JointEnv: wrap the parallel environment"):
-        MADDPG("MlpPolicy", VecFrameStack(make_vec_env(lambda: JointEnv(Meadow())), 2))
-
-    class WithoutInfo(gym.Wrapper):
-        def step(self, action: Any) -> Any:
-            return (*self.env.step(action)[:4], {})
-
+        small_model("maddpg", env=VecFrameStack(make_vec_env(lambda: JointEnv(Meadow())), 2))
     with pytest.raises(ValueError, match=r"must leave 'agent_rewards' in the info of a JointEnv"):
-        MADDPG("MlpPolicy", WithoutInfo(JointEnv(Meadow())), policy_kwargs=SMALL).learn(5)
+        small_model("maddpg", env=WithoutInfo(JointEnv(Meadow()))).learn(5)
 
 
-def test_normalised_rewards_are_refused() -> None:
+def test_normalised_rewards_are_refused(tmp_path: Path) -> None:
     message = r"norm_reward=False with several agents.*normalize: \{norm_obs: true, norm_reward: false\}.*got norm_reward=True"
     env = VecNormalize(make_vec_env(lambda: JointEnv(Meadow())))
     with pytest.raises(UnsupportedError, match=message):
-        MADDPG("MlpPolicy", env)
-    model = MADDPG("MlpPolicy", make_vec_env(lambda: JointEnv(Meadow())))
+        small_model("maddpg", env=env)
+    model = small_model("maddpg", env=Meadow())
     with pytest.raises(UnsupportedError, match=message):
         model.set_env(env)
     assert model.get_env() is not env
+    model.save(tmp_path / "model")
+    with pytest.raises(UnsupportedError, match=message):
+        MADDPG.load(tmp_path / "model", env=env)
     model.set_env(VecNormalize(make_vec_env(lambda: JointEnv(Meadow())), norm_reward=False))
-    MADDPG("MlpPolicy", VecNormalize(make_vec_env("Pendulum-v1")))  # one agent learns from the sum
-
-
-def test_normalised_rewards_are_refused_at_load(tmp_path: Path) -> None:
-    MADDPG("MlpPolicy", Meadow()).save(tmp_path / "model")  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedError, match="norm_reward"):
-        MADDPG.load(tmp_path / "model", env=VecNormalize(make_vec_env(lambda: JointEnv(Meadow()))))
+    small_model("maddpg", env=VecNormalize(make_vec_env("Pendulum-v1")))  # one agent learns from the sum
 
 
 def test_environment_with_other_agents_is_refused(tmp_path: Path) -> None:
-    MADDPG("MlpPolicy", Crowd(2)).save(tmp_path / "model")  # type: ignore[arg-type]
+    small_model("maddpg", env=Crowd(2)).save(tmp_path / "model")
     for other in (Crowd(3), Crowd(2, discrete=True)):
         with pytest.raises(ValueError, match="spaces do not match"):
             MADDPG.load(tmp_path / "model", env=other)
