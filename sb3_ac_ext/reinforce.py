@@ -136,7 +136,7 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
     @property
     def _share(self) -> int:
         """Episodes of each environment in a rollout."""
-        return -(-self.rollout_episodes // self.n_envs)
+        return -(-int(self.rollout_episodes) // self.n_envs)
 
     def _check_time_limit(self) -> None:
         """Without a bound there may be no end to the first rollout; the buffer has room for the longest one."""

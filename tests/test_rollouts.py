@@ -608,3 +608,38 @@ def test_other_errors_of_environments_stay_theirs(row: str, engine: bool) -> Non
 
     with pytest.raises(ValueError, match="out of order"):
         make(row, TimeLimit(Failing(BOX, CONTINUOUS), 5), engine=engine).learn(20)
+
+
+class UsedAgain(VecEnvWrapper):
+    """Writes all it says into the same memory at every step, whether episodes have ended as numbers."""
+
+    held: dict[str, np.ndarray]
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        self.held = {}
+
+    def _within(self, name: str, value: np.ndarray) -> np.ndarray:
+        place = self.held.setdefault(name, value.copy())
+        place[...] = value
+        return place[:]
+
+    def reset(self) -> np.ndarray:
+        return self._within("obs", self.venv.reset())  # type: ignore[arg-type]  # an array
+
+    def step_wait(self) -> Any:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        return self._within("obs", obs), self._within("rewards", rewards), self._within("dones", dones * 1.0), infos  # type: ignore[arg-type]
+
+
+@either_engine
+@every_row
+def test_environments_may_write_into_the_same_memory_at_every_step(row: str, engine: bool) -> None:
+    def trained(wrap: Callable[[VecEnv], VecEnv]) -> dict[str, th.Tensor]:
+        envs = make_vec_env(lambda: TimeLimit(Lenient(BOX, spaces.Discrete(3)), 5), n_envs=2, seed=0)
+        model = make(row, wrap(envs), engine=engine, seed=0)
+        model.learn(40)
+        return model.policy.state_dict()
+
+    expected = trained(lambda envs: envs)
+    assert all(th.equal(value, expected[name]) for name, value in trained(UsedAgain).items())

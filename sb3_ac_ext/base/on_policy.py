@@ -23,7 +23,7 @@ from sb3_ac_ext.base.checkpoint import CheckpointMixin
 from sb3_ac_ext.base.environment_checks import check_finite, check_rollout, locate_non_finite
 from sb3_ac_ext.base.training import TrainingMixin
 from sb3_ac_ext.base.typing import constructor_keys
-from sb3_ac_ext.buffers.rollouts import Samples, fill_estimates, flattened
+from sb3_ac_ext.buffers.rollouts import Samples, copied, fill_estimates, flattened
 from sb3_ac_ext.engine import Engine, Outputs
 from sb3_ac_ext.validation import NonFiniteError, check_keys, translated_assertions
 
@@ -127,6 +127,7 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         whole_episodes = self.rollout == "episodes"
         if whole_episodes and self.drop_unfinished_episodes and not np.all(self._last_episode_starts):
             self._last_obs, self._last_episode_starts = env.reset(), np.ones(env.num_envs, dtype=bool)  # type: ignore[assignment]
+        self._keep(self._last_obs, self._last_episode_starts)
         self._set_training_mode(False)
         rollout_buffer.buffer_size = n_rollout_steps  # which it makes room for
         rollout_buffer.reset()
@@ -141,6 +142,7 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
             actions, values, log_probs = self._forward(self._last_obs)
             clipped_actions = self._within_bounds(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
+            dones = dones.astype(bool)  # a copy, of flags or numbers
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
             if not callback.on_step():
@@ -150,7 +152,7 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
                 finished += dones
                 rewards = self._bootstrapped(rewards, dones, infos)
             rollout_buffer.add(self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)  # type: ignore[arg-type]
-            self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]  # no tuples
+            self._keep(new_obs, dones)
             n_steps += 1
         self._rollout_length = n_steps
         rollout_buffer.full = True
@@ -163,6 +165,10 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    def _keep(self, obs: Any, dones: Any) -> None:
+        """Copies of what the environments show, and of whether episodes begin there; they may use their memory again."""
+        self._last_obs, self._last_episode_starts = copied(obs), np.array(dones, dtype=bool)  # type: ignore[assignment]
 
     def _reset_noise(self) -> None:
         """New noise for gSDE, in the memory that the noise before it has, which a recording reads."""
@@ -202,7 +208,7 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         rewards = np.array(rewards)
         for i, obs in truncated(dones, infos):
             with th.no_grad():
-                value = (self.gamma * self.policy.predict_values(self.policy.obs_to_tensor(obs)[0])).item()
+                value = (float(self.gamma) * self.policy.predict_values(self.policy.obs_to_tensor(obs)[0])).item()
             if not np.isfinite(value):
                 check_finite("last observation of an episode", obs, np.full(len(np.shape(obs)) + 1, i))
             rewards[i] += value
@@ -210,7 +216,7 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
 
     def _has_enough(self, finished: np.ndarray) -> bool:
         """Whether a rollout of episodes is complete once ``(N,)`` of them have ended."""
-        return bool(finished.sum() >= self.rollout_episodes)
+        return bool(finished.sum() >= int(self.rollout_episodes))
 
     def _within_bounds(self, actions: np.ndarray) -> np.ndarray:
         """What the environments get for the distribution's actions."""
@@ -300,7 +306,8 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
             self._check_observations(error)
             raise
         if isinstance(distribution := getattr(self.policy, "action_dist", None), Distribution):
-            vars(distribution)["distribution"] = None  # a graph hangs on it, which cannot be copied with the policy
+            with self._acting_lock:
+                vars(distribution)["distribution"] = None  # a graph hangs on it, which cannot be copied with the policy
         self._record_explained_variance()
         if isinstance(log_std := getattr(self.policy, "log_std", None), th.Tensor):
             self.logger.record("train/std", log_std.detach().exp().mean().item())

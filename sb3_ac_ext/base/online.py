@@ -46,6 +46,7 @@ class OnlineMixin(OnPolicyMixin):
         """Nothing: what a step teaches was learned when it was taken."""
 
     def _interact(self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> bool:
+        self._keep(self._last_obs, self._last_episode_starts)
         self._set_training_mode(False)
         rollout_buffer.reset()
         if self.use_sde:
@@ -61,6 +62,7 @@ class OnlineMixin(OnPolicyMixin):
             self._check_actions(actions)
             clipped_actions = self._within_bounds(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
+            dones = dones.astype(bool)  # a copy, of flags or numbers
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
             if not callback.on_step():
@@ -68,7 +70,7 @@ class OnlineMixin(OnPolicyMixin):
             self._update_info_buffer(infos, dones)
             obs, episode_starts = self._last_obs, self._last_episode_starts
             rollout_buffer.add(obs, actions, rewards, episode_starts, values, log_probs)  # type: ignore[arg-type]  # no tuples
-            self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]  # no tuples
+            self._keep(new_obs, dones)
             last = n_steps + 1 == n_rollout_steps
             act = not last and not self._noise_is_due(n_steps + 1)
             next_actions = self._learn_from((obs, episode_starts, actions, rewards, new_obs, dones), infos, act)

@@ -48,6 +48,16 @@ def _rows(field: Any, rows: Any) -> Any:
     return None if field is None else field[rows]
 
 
+def copied(observations: Any) -> Any:
+    """
+    :param observations: an array, or a dict of them
+    :return: the same in memory of its own
+    """
+    if isinstance(observations, dict):
+        return {name: value.copy() for name, value in observations.items()}
+    return observations.copy()
+
+
 def flattened(buffer: RolloutBuffer, length: int, kept: np.ndarray | None = None) -> Samples:
     """
     :param buffer: full of T steps of N environments
