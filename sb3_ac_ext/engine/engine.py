@@ -216,7 +216,8 @@ class Engine(Recorder):
         if recording is None or not kind.verified:
             return self._first_evaluations(kind, batch)
         with recording.lock:
-            if self._look_at(kind) and recording.run(filled(batch)):
+            unchanged = kind.recording is recording  # in another thread
+            if unchanged and self._look_at(kind) and recording.run(filled(batch)):
                 return recording.copies()
         return None
 

@@ -208,8 +208,9 @@ class Recorder(Closed):
         helpers = [(helper, dict(vars(helper))) for module in modules for helper in helpers_of(module)]
         tape = Tape([*state, *tensors_of_helpers(modules), *steps], inputs.tensors)
         reads: dict[str, Any] = {}
-        self._used, self._given = {}, []
-        self._differentiated.clear()
+        if not evaluates:
+            self._used, self._given = {}, []
+            self._differentiated.clear()
 
         def run() -> Values:
             if evaluates:
@@ -237,9 +238,10 @@ class Recorder(Closed):
         used = {memory(tensor) for operation in tape.operations for tensor in tensors(operation[1:])}
         looked_at = None if isinstance(replay, Graph) else used
         made, read = _made_and_read(helpers, tape, looked_at)
-        gradients = [(p, p.grad) for network in self._used.values() for p in network.parameters]
-        guard = Guard(self._owner, reads, self._used, looked_at, read, not evaluates)
-        return Recording(replay, inputs, outputs, gradients, self._given, made), guard
+        trained, given = ({}, []) if evaluates else (self._used, self._given)  # another thread's, which may train now
+        gradients = [(p, p.grad) for network in trained.values() for p in network.parameters]
+        guard = Guard(self._owner, reads, trained, looked_at, read, not evaluates)
+        return Recording(replay, inputs, outputs, gradients, given, made), guard
 
     def _verify(self, kind: Kind, batch: tuple[Any, ...]) -> None:
         """Run the function and replay it from the same state, for another batch than the recorded one."""
