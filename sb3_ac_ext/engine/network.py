@@ -128,7 +128,7 @@ def differentiate(loss: th.Tensor, networks: Iterable[Network]) -> None:
     for network in networks:
         network.optimizer.zero_grad()
         wanted += [parameter for parameter in network.parameters if parameter.requires_grad]
-    if wanted and loss.requires_grad:
+    if wanted and (loss.requires_grad or not th.is_grad_enabled()):  # the latter is an error of whoever switched them off
         loss.backward(inputs=wanted)
 
 
@@ -190,7 +190,7 @@ def step(network: Network, steps: Steps | None = None, tape: Tape | None = None)
 @th.no_grad()
 def _recorded_step(network: Network, steps: Steps, tape: Tape) -> None:
     optimizer = network.optimizer
-    if is_adam(optimizer):
+    if is_adam(optimizer) and _has_one_layout(network):
         _fused_adam(network, steps, tape)
     elif "step_at" in vars(type(optimizer)):  # what its step does with tensors, at a rate that is one
         optimizer.step_at(steps.rate)  # type: ignore[attr-defined]  # see above
@@ -198,6 +198,16 @@ def _recorded_step(network: Network, steps: Steps, tape: Tape) -> None:
         raise RefusedError(f"a {type(optimizer).__name__}, which may do anything in a step")
     else:
         tape.call(partial(_plain_step, optimizer, [(p, p.grad) for p in network.parameters if p.grad is not None]))
+
+
+def _has_one_layout(network: Network) -> bool:
+    """Whether gradients and moments lie in memory as their parameters do, which the fused step takes for granted."""
+    for parameter in network.parameters:
+        state = network.optimizer.state.get(parameter, {})
+        moments = [state[name] for name in MOMENTS if name in state]
+        if parameter.grad is not None and any(t.stride() != parameter.stride() for t in (parameter.grad, *moments)):
+            return False
+    return True
 
 
 def _plain_step(optimizer: th.optim.Optimizer, gradients: Sequence[tuple[nn.Parameter, th.Tensor]]) -> None:
