@@ -5,7 +5,7 @@ from typing import Any
 
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 
-from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError
+from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, check_number
 
 
 def as_schedule(name: str, value: Any) -> FloatSchedule:
@@ -28,9 +28,12 @@ def as_schedule(name: str, value: Any) -> FloatSchedule:
             value = None
         if value is None:
             raise ArgumentError(f"{legal}, got {kind + _ + initial!r}")
-    if isinstance(value, bool) or not (callable(value) or isinstance(value, (int, float))):
-        raise ArgumentTypeError(f"{legal}, got {value!r} of type {type(value).__name__}")
-    schedule = FloatSchedule(value)
+    if not callable(value):
+        try:
+            check_number(name, value)
+        except ArgumentTypeError:
+            raise ArgumentTypeError(f"{legal}, got {value!r} of type {type(value).__name__}") from None
+    schedule = FloatSchedule(value if callable(value) else float(value))
     rate = schedule(1.0)
     if not (math.isfinite(rate) and rate >= 0):
         raise ArgumentError(f"{legal}, got {value!r} ({rate} at the start)")

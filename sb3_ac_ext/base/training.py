@@ -65,6 +65,8 @@ class TrainingMixin(BaseAlgorithm):
         :return: the record for the engine
         :raises ArgumentError: for a bound in ``max_grad_norm`` that is none
         """
+        if self.learning_rate != self._given_rate:
+            self._setup_lr_schedule()
         progress = self._current_progress_remaining
         current = self.lr_schedule(progress) if rate is None else self._schedule(name, rate)(progress)
         bound = self.max_grad_norm.get(name) if isinstance(self.max_grad_norm, dict) else self.max_grad_norm
@@ -108,8 +110,6 @@ class TrainingMixin(BaseAlgorithm):
         """
         if self._engine.enabled is not self.engine:
             self._make_engine()
-        if self.learning_rate != self._given_rate:
-            self._setup_lr_schedule()
         self._set_training_mode(True)
         self._engine.begin()
         self._record_rates()
