@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +70,13 @@ def draw(
         study.tell(trial, index)
 
 
+@cache
+def drawn(name: str) -> list[dict[str, Any]]:
+    """What the sampler of a row made of many trials."""
+    spec = next(spec for spec in ALGORITHMS if spec.name == name)
+    return [sampled for _, sampled, _ in draw(spec, WITHOUT_HER)]
+
+
 def as_arguments(hyperparams: dict[str, Any], n_actions: int) -> dict[str, Any]:
     """The Zoo's way from a file's noise keys to an object."""
     env = SimpleNamespace(action_space=spaces.Box(-2, 2, (n_actions,)))
@@ -101,7 +109,7 @@ def with_tiny_networks(sampled: dict[str, Any]) -> dict[str, Any]:
 @every_search
 def test_every_draw_is_accepted_by_the_constructor(spec: AlgoSpec, additional_args: dict[str, Any]):
     her = additional_args["using_her_replay_buffer"]
-    for n_actions, sampled, _ in draw(spec, additional_args):
+    for n_actions, sampled, _ in draw(spec, additional_args, number=DRAWS // 3):
         assert set(sampled) <= constructor_keys(spec.cls)
         assert set(sampled.get("replay_buffer_kwargs", {})) <= set(inspect.signature(HerReplayBuffer).parameters)
         build(spec, n_actions, her, with_tiny_networks(sampled))
@@ -127,26 +135,17 @@ def test_her_keeps_the_files_arguments_and_the_sampled_ones_win(spec: AlgoSpec):
 
 @every_search
 def test_stored_trial_means_what_was_sampled(spec: AlgoSpec, additional_args: dict[str, Any]):
+    """By way of JSON and of the config that a run saves; the converter works on a copy."""
     for n_actions, sampled, trial in draw(spec, additional_args):
-        stored = as_arguments(spec.convert(trial.params), n_actions)
+        in_storage = json.loads(json.dumps(trial.params))
+        converted = spec.convert(in_storage)
+        assert in_storage == trial.params
+        if trial.number < 20:
+            assert yaml.load(yaml.dump(converted), Loader=yaml.UnsafeLoader) == converted
+        stored = as_arguments(converted, n_actions)
         if "action_noise" in sampled:
             assert_same_noise(sampled.pop("action_noise"), stored.pop("action_noise"))
         assert stored == sampled
-
-
-@every_search
-def test_json_changes_nothing(spec: AlgoSpec, additional_args: dict[str, Any]):
-    for _, _, trial in draw(spec, additional_args):
-        stored = json.loads(json.dumps(trial.params))
-        assert spec.convert(stored) == spec.convert(trial.params)
-        assert stored == trial.params  # the converter works on a copy
-
-
-@every_search
-def test_converted_trial_survives_the_saved_config(spec: AlgoSpec, additional_args: dict[str, Any]):
-    for _, _, trial in draw(spec, additional_args, number=20):
-        converted = spec.convert(trial.params)
-        assert yaml.load(yaml.dump(converted), Loader=yaml.UnsafeLoader) == converted
 
 
 @pytest.mark.parametrize(
@@ -230,90 +229,107 @@ def test_sampled_values_hold_whatever_the_file_says(spec: AlgoSpec):
             assert 0.123 not in searched.values()
 
 
-def test_td3x_space_reaches_every_choice():
-    td3x = next(spec for spec in ALGORITHMS if spec.name == "td3x")
-    draws = [sampled for _, sampled, _ in draw(td3x, WITHOUT_HER)]
-    assert {sampled["policy_delay"] for sampled in draws} == {1, 2, 3, 4}
-    assert {sampled["max_grad_norm"] for sampled in draws} == {None, 0.5, 1.0, 10.0}
-    assert {sampled["policy_kwargs"]["critic_layer_norm"] for sampled in draws} == {False, True}
-    assert {type(sampled["action_noise"]) for sampled in draws} == {
-        type(None),
-        NormalActionNoise,
-        OrnsteinUhlenbeckActionNoise,
-    }
-    for name, low, high in (("target_policy_noise", 0.05, 0.5), ("target_noise_clip", 0.1, 1.0)):
-        values = [sampled[name] for sampled in draws]
-        assert low <= min(values) < low + 0.05 and high - 0.05 < max(values) <= high
-    ratios = [sampled["critic_learning_rate"] / sampled["learning_rate"] for sampled in draws]
-    assert 0.5 == pytest.approx(min(ratios), rel=0.1)
+SWITCH = {False, True}
+REACHED: dict[str, dict[str, set[Any]]] = {
+    "td3x": {"policy_delay": {1, 2, 3, 4}, "critic_layer_norm": SWITCH},
+    "sacx": {
+        "ent_coef": {"auto", "auto_0.1", 0.1, 0.01},
+        **dict.fromkeys(["critic_layer_norm", "value_network", "exact_log_prob"], SWITCH),
+        "action_noise": {None},  # as in the Zoo's space
+    },
+    "ddpgx": {
+        "action_layer": {0, 1},
+        "batch_norm": SWITCH,
+        "final_layer_init": {None, 3e-3},
+        "critic_weight_decay": {0.0, 1e-4, 1e-3, 1e-2},
+        "parameter_noise": {None},  # beside the sampled noise it would be a second one
+    },
+    "maddpg": {
+        "policy_delay": {1, 2, 3, 4},
+        "target_policy_noise": {0.0, 0.1, 0.2},
+        "logit_penalty": {0.0, 1e-4, 1e-3, 1e-2},
+        "n_critics": {1, 2},
+    },
+    "trpox": {
+        "kl_direction": {"new_old", "old_new"},
+        "kl_reduction": {"mean", "sum"},
+        "cg_damping": {1e-3, 1e-2, 0.1},
+        "fvp_subsample": {1, 2, 5},
+        "accept_ratio": {None, 0.1, 0.5},
+        "ent_coef": {0.0, 1e-3, 1e-2},
+    },
+    "ppox": {
+        "surrogate": {"clip", "penalty"},
+        "kl_stop": {None, 0.01, 0.02, 0.05},
+        "kl_stop_scope": {"both", "policy"},
+        "separate_phases": SWITCH,
+    },
+    "reinforce": {
+        "rollout_episodes": {1, 2, 4, 8, 16, 32},
+        **dict.fromkeys(["use_baseline", "bootstrap_truncated", "gamma_t_weight", "normalize_advantage"], SWITCH),
+        "gae_lambda": {None},
+    },
+    "ac": {"gamma_t_weight": SWITCH},
+}
+for with_bounds in ("td3x", "sacx", "ddpgx", "maddpg", "reinforce", "ac"):
+    REACHED[with_bounds]["max_grad_norm"] = {None, 0.5, 1.0, 10.0}
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_space_reaches_every_choice(name: str):
+    """Arguments and those of the policy; None is for arguments that are not drawn, too."""
+    draws = [{**sampled, **sampled["policy_kwargs"]} for sampled in drawn(name)]
+    for argument, choices in REACHED[name].items():
+        assert {sampled.get(argument) for sampled in draws} == choices, argument
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "low", "high"),
+    [
+        ("td3x", "target_policy_noise", 0.05, 0.5),
+        ("td3x", "target_noise_clip", 0.1, 1.0),
+        ("maddpg", "gumbel_temperature", 0.3, 2.0),
+    ],
+)
+def test_space_reaches_the_ends_of_a_range(name: str, argument: str, low: float, high: float):
+    values = [{**sampled, **sampled["policy_kwargs"]}[argument] for sampled in drawn(name)]
+    assert low <= min(values) < low + 0.05
+    assert high - 0.2 < max(values) <= high
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "low"),
+    [
+        *(("td3x", "critic", 0.5), ("sacx", "q_a", 0.5), ("sacx", "ent_coef", 0.1), ("ppox", "value", 0.5)),
+        *(("reinforce", "baseline", 0.5), ("ac", "critic", 0.5)),
+    ],
+)
+def test_rates_are_multiples_of_the_shared_one(name: str, rate: str, low: float):
+    rates = [(sampled[f"{rate}_learning_rate"], sampled["learning_rate"]) for sampled in drawn(name)]
+    ratios = [own / shared for own, shared in rates if own is not None]
+    assert low == pytest.approx(min(ratios), rel=0.1)
     assert 10.0 == pytest.approx(max(ratios), rel=0.1)
 
 
-def test_sacx_space_reaches_every_choice():
-    sacx = next(spec for spec in ALGORITHMS if spec.name == "sacx")
-    draws = [sampled for _, sampled, _ in draw(sacx, WITHOUT_HER)]
-    assert {sampled["ent_coef"] for sampled in draws} == {"auto", "auto_0.1", 0.1, 0.01}
-    assert {sampled["max_grad_norm"] for sampled in draws} == {None, 0.5, 1.0, 10.0}
-    assert {sampled["policy_kwargs"]["critic_layer_norm"] for sampled in draws} == {False, True}
-    assert {sampled["value_network"] for sampled in draws} == {sampled["exact_log_prob"] for sampled in draws} == {False, True}
-    assert not any("action_noise" in sampled for sampled in draws)  # as in the Zoo's space
-    for sampled in draws:
+def test_processes_of_noise_are_all_reached():
+    kinds = {type(sampled["action_noise"]) for sampled in drawn("td3x")}
+    assert kinds == {type(None), NormalActionNoise, OrnsteinUhlenbeckActionNoise}
+
+
+def test_what_sacx_draws_goes_together():
+    for sampled in drawn("sacx"):
         assert (sampled["ent_coef_learning_rate"] is None) == (sampled["ent_coef"] in (0.1, 0.01))
         assert sampled["q_a_learning_rate"] == sampled["q_b_learning_rate"]
         assert sampled["value_learning_rate"] == (sampled["q_a_learning_rate"] if sampled["value_network"] else None)
-    learned = [sampled for sampled in draws if sampled["ent_coef_learning_rate"] is not None]
-    for name, samples, low in (("q_a", draws, 0.5), ("ent_coef", learned, 0.1)):
-        ratios = [sampled[f"{name}_learning_rate"] / sampled["learning_rate"] for sampled in samples]
-        assert low == pytest.approx(min(ratios), rel=0.1)
-        assert 10.0 == pytest.approx(max(ratios), rel=0.1)
 
 
-def test_ddpgx_space_reaches_every_choice():
-    ddpgx = next(spec for spec in ALGORITHMS if spec.name == "ddpgx")
-    draws = [sampled for _, sampled, _ in draw(ddpgx, WITHOUT_HER)]
-    architectures = [sampled["policy_kwargs"] for sampled in draws]
-    assert {kwargs["action_layer"] for kwargs in architectures} == {0, 1}
-    assert {kwargs["batch_norm"] for kwargs in architectures} == {False, True}
-    assert {kwargs["final_layer_init"] for kwargs in architectures} == {None, 3e-3}
-    assert {sampled["critic_weight_decay"] for sampled in draws} == {0.0, 1e-4, 1e-3, 1e-2}
-    assert {sampled["max_grad_norm"] for sampled in draws} == {None, 0.5, 1.0, 10.0}
-    assert {sampled["parameter_noise"] for sampled in draws} == {None}  # beside the sampled noise it would be a second one
-
-
-def test_maddpg_space_reaches_every_choice():
-    maddpg = next(spec for spec in ALGORITHMS if spec.name == "maddpg")
-    draws = [sampled for _, sampled, _ in draw(maddpg, WITHOUT_HER)]
-    assert {sampled["policy_delay"] for sampled in draws} == {1, 2, 3, 4}
-    assert {sampled["target_policy_noise"] for sampled in draws} == {0.0, 0.1, 0.2}
-    assert {sampled["logit_penalty"] for sampled in draws} == {0.0, 1e-4, 1e-3, 1e-2}
-    assert {sampled["policy_kwargs"]["n_critics"] for sampled in draws} == {1, 2}
-    assert {sampled["max_grad_norm"] for sampled in draws} == {None, 0.5, 1.0, 10.0}
-    temperatures = [sampled["policy_kwargs"]["gumbel_temperature"] for sampled in draws]
-    assert 0.3 <= min(temperatures) < 0.35 and 1.8 < max(temperatures) <= 2.0
-
-
-def test_trpox_space_reaches_every_choice():
-    trpox = next(spec for spec in ALGORITHMS if spec.name == "trpox")
-    draws = [sampled for _, sampled, _ in draw(trpox, WITHOUT_HER)]
-    assert {sampled["kl_direction"] for sampled in draws} == {"new_old", "old_new"}
-    assert {sampled["kl_reduction"] for sampled in draws} == {"mean", "sum"}
-    assert {sampled["cg_damping"] for sampled in draws} == {1e-3, 1e-2, 0.1}
-    assert {sampled["fvp_subsample"] for sampled in draws} == {1, 2, 5}
-    assert {sampled["accept_ratio"] for sampled in draws} == {None, 0.1, 0.5}
-    assert {sampled["ent_coef"] for sampled in draws} == {0.0, 1e-3, 1e-2}
-    assert {"cg_max_steps", "n_critic_updates", "target_kl", "gae_lambda"} <= draws[0].keys()  # the Zoo's space
-
-
-def test_ppox_space_reaches_every_choice():
-    ppox = next(spec for spec in ALGORITHMS if spec.name == "ppox")
-    draws = [sampled for _, sampled, _ in draw(ppox, WITHOUT_HER)]
-    assert {sampled["surrogate"] for sampled in draws} == {"clip", "penalty"}
-    assert {sampled["kl_stop"] for sampled in draws} == {None, 0.01, 0.02, 0.05}
-    assert {sampled["separate_phases"] for sampled in draws} == {False, True}
+def test_what_ppox_draws_goes_together():
+    draws = drawn("ppox")
     assert {(s.get("clip_range_vf"), s["clip_range_vf_mode"]) for s in draws} == {
         (None, "clipped"),
         *((bound, mode) for bound in (0.2, 1.0, 10.0) for mode in ("clipped", "max")),
     }
+    assert {sampled["clip_range"] for sampled in draws if sampled["surrogate"] == "clip"} == {0.1, 0.2, 0.3, 0.4}
     for sampled in draws:
         penalty, apart = sampled["surrogate"] == "penalty", sampled["separate_phases"]
         assert sampled["kl_target"] in ((0.003, 0.01, 0.03) if penalty else (None,))
@@ -322,44 +338,15 @@ def test_ppox_space_reaches_every_choice():
         assert (sampled["value_learning_rate"] is not None) == apart
         assert sampled["policy_kwargs"].get("share_features_extractor", True) == (not apart)  # for policies that have one
         assert sampled.get("clip_range_vf", 0.2) is not None  # the Zoo takes no null where it makes schedules
-    assert {sampled["kl_stop_scope"] for sampled in draws} == {"both", "policy"}
-    assert {sampled["clip_range"] for sampled in draws if sampled["surrogate"] == "clip"} == {0.1, 0.2, 0.3, 0.4}
-    ratios = [sampled["value_learning_rate"] / sampled["learning_rate"] for sampled in draws if sampled["separate_phases"]]
-    assert 0.5 == pytest.approx(min(ratios), rel=0.1)
-    assert 10.0 == pytest.approx(max(ratios), rel=0.1)
 
 
-def test_reinforce_space_reaches_every_choice():
-    reinforce = next(spec for spec in ALGORITHMS if spec.name == "reinforce")
-    draws = [sampled for _, sampled, _ in draw(reinforce, WITHOUT_HER)]
-    assert {sampled["rollout_episodes"] for sampled in draws} == {1, 2, 4, 8, 16, 32}
-    for name in ("use_baseline", "bootstrap_truncated", "gamma_t_weight", "normalize_advantage"):
-        assert {sampled[name] for sampled in draws} == {False, True}
-    assert {sampled["max_grad_norm"] for sampled in draws} == {None, 0.5, 1.0, 10.0}
-    for sampled in draws:
+def test_what_others_draw_goes_together():
+    for sampled in drawn("reinforce"):
         assert (sampled["baseline_learning_rate"] is None) == (not sampled["use_baseline"])
-        assert "gae_lambda" not in sampled
-    rates = [(s["baseline_learning_rate"], s["learning_rate"]) for s in draws if s["use_baseline"]]
-    ratios = [own / shared for own, shared in rates]
-    assert 0.5 == pytest.approx(min(ratios), rel=0.1)
-    assert 10.0 == pytest.approx(max(ratios), rel=0.1)
-
-
-def test_ac_space_reaches_every_choice():
-    ac = next(spec for spec in ALGORITHMS if spec.name == "ac")
-    draws = [sampled for _, sampled, _ in draw(ac, WITHOUT_HER)]
-    assert {(sampled["critic"], sampled["actor_trace_lambda"]) for sampled in draws} == {
-        *(("v", value) for value in (0.0, 0.5, 0.9)),
-        ("q", 0.0),
-    }
-    assert {(sampled["critic"], sampled["critic_trace_lambda"]) for sampled in draws} == {
-        (critic, value) for critic in "vq" for value in (0.0, 0.5, 0.9)
-    }
-    assert {sampled["gamma_t_weight"] for sampled in draws} == {False, True}
-    assert {sampled["max_grad_norm"] for sampled in draws} == {None, 0.5, 1.0, 10.0}
-    ratios = [sampled["critic_learning_rate"] / sampled["learning_rate"] for sampled in draws]
-    assert 0.5 == pytest.approx(min(ratios), rel=0.1)
-    assert 10.0 == pytest.approx(max(ratios), rel=0.1)
+    lambdas = {(s["critic"], s["actor_trace_lambda"], s["critic_trace_lambda"]) for s in drawn("ac")}
+    values = (0.0, 0.5, 0.9)
+    assert lambdas == {(critic, a, c) for critic in "vq" for a in (values if critic == "v" else (0.0,)) for c in values}
+    assert {"cg_max_steps", "n_critic_updates", "target_kl", "gae_lambda"} <= drawn("trpox")[0].keys()  # the Zoo's space
 
 
 def test_the_critics_rate_is_shown_in_the_study():
