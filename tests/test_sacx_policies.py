@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+from batches import engine_on_and_off
 from models import features, small_model
 from stable_baselines3 import SAC
 from stable_baselines3.sac.policies import SACPolicy
@@ -72,7 +73,7 @@ class HalfPolicy(SACPolicy):
         return 0.5 * super()._predict(observation, deterministic)
 
 
-@pytest.mark.parametrize("engine", [True, False], ids=["engine on", "engine off"])
+@engine_on_and_off
 @pytest.mark.parametrize(
     ("policy", "policy_kwargs"),
     [
@@ -105,11 +106,6 @@ def test_rates_of_its_own_for_a_policy_of_others() -> None:
     assert same == [False, True]
 
 
-def test_rates_for_critics_that_there_are_not() -> None:
-    with pytest.raises(TypeError, match=r"'q_b'; legal are q$"):
-        small_model("sacx", policy_kwargs={"n_critics": 1}, q_b_learning_rate=1e-3)
-
-
 def test_an_optimizer_in_place_of_sb3s_is_taken_up() -> None:
     model = small_model("sacx", learning_rate=0.5).learn(15)
     before = th.cat([parameter.detach().flatten() for parameter in model.critic.parameters()])
@@ -140,12 +136,11 @@ def test_optimizers_are_divided_with_what_they_know() -> None:
     assert one.factor == two.factor == 0.25
 
 
-@pytest.mark.parametrize("engine", [True, False], ids=["engine on", "engine off"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))], ids=["copy", "pickle"])
-@pytest.mark.parametrize("variant", ["mlp", "gsde", "value network"])
-def test_actors_are_copied_without_a_graph(variant: str, copied: Any, engine: bool) -> None:
+@pytest.mark.parametrize("variant", ["mlp", "gsde"])
+def test_actors_are_copied_without_a_graph(variant: str, copied: Any) -> None:
     """New, in the middle of a rollout, and after updates."""
-    model = small_model("sacx", variant, engine=engine)
+    model = small_model("sacx", variant)
     batch = np.ones((3, 4), np.float32)
 
     def check(*_: Any) -> bool:
