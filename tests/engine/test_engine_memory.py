@@ -53,6 +53,7 @@ class Program:
             made = self.draw.choice(self.STEPS)(self)
             self.pool += [value for value in tensors(made) if value.numel()]
         chosen = self.draw.sample(self.pool, min(len(self.pool), self.draw.randint(1, 5)))
+        self.pool.clear()  # what somebody holds keeps its memory
         return {str(i): value for i, value in enumerate(chosen)}
 
     def any(self) -> th.Tensor:
@@ -293,25 +294,22 @@ def test_memory_that_is_never_written_over(kind: str) -> None:
     parameter = nn.Parameter(numbers(1, 4, 6))
     tape = Tape([x, parameter])
     outputs: State = {}
-    with tape.recording(), th.no_grad():
+
+    def function() -> None:
         first = x * 2
-        if kind == "input":
-            last = x.tanh()
-        elif kind == "parameter":
-            last = parameter.tanh()
-        elif kind == "constant":
+        last = {"input": x, "parameter": parameter}.get(kind, first).tanh()
+        if kind == "constant":
             last = th.full((4, 6), 0.5).tanh() + th.tensor(2.0).expand(4, 6).tanh()
-        else:
-            last = first.tanh()
-            if kind == "output":
-                outputs["first"] = first
-            elif kind == "view of an output":
-                outputs["first"] = first[1:, ::2]
-            else:
-                held.append(first)
+        if kind in ("output", "view of an output"):
+            outputs["first"] = first.detach() if kind == "output" else first[1:, ::2]
+        if kind == "held":
+            held.append(first)
         for _ in range(6):
             last = (last + 1).sin() * x.mean()
         outputs["last"] = last
+
+    with tape.recording(), th.no_grad():
+        function()
     replay = Replay(tape, outputs)
     values = numbers(2, 4, 6)
     for _ in range(3):
@@ -319,7 +317,7 @@ def test_memory_that_is_never_written_over(kind: str) -> None:
         replay()
         assert th.equal(x, values) and th.equal(parameter, numbers(1, 4, 6))
         for one in [*outputs.values(), *held]:
-            if one is not last:
+            if one is not outputs["last"]:
                 assert th.equal(one, (values * 2)[1:, ::2] if kind == "view of an output" else values * 2)
 
 
@@ -332,7 +330,7 @@ def test_calls_are_barriers(place: str) -> None:
     def step() -> None:
         seen.append(gradient.clone())
 
-    with tape.recording():
+    def function() -> None:
         if place != "after":
             tape.call(step)
         made = x.exp()
@@ -345,6 +343,9 @@ def test_calls_are_barriers(place: str) -> None:
         gradient.copy_(other)
         if place == "after":
             tape.call(step)
+
+    with tape.recording():
+        function()
     replay = Replay(tape, {})
     for i in range(3):
         x.copy_(numbers(i, 4))
@@ -358,25 +359,45 @@ def test_calls_are_barriers(place: str) -> None:
         assert th.equal(gradient, triple)
 
 
+def test_a_result_is_not_made_where_somebody_still_reads() -> None:
+    """It is copied there afterwards, as the function says."""
+    x, place = numbers(0, 4), numbers(1, 4)
+    tape = Tape([x, place])
+
+    def function() -> State:
+        made = x.exp()
+        before = place * 2
+        place.copy_(made)
+        return {"before": before}
+
+    with tape.recording():
+        outputs = function()
+    replay = Replay(tape, outputs)
+    for i in range(3):
+        x.copy_(numbers(i, 4))
+        place.fill_(7)
+        replay()
+        assert outputs["before"].tolist() == [14.0] * 4 and th.equal(place, x.exp())
+
+
 def test_arguments_that_overlap_are_not_written_over() -> None:
     """An elementwise operation on two views of one memory, of the same shape and not."""
     x = numbers(0, 6, 6)
     tape = Tape([x])
+
+    def function() -> State:
+        first, second, third, fourth = x * 2, x * 3, x * 4, x * 5
+        made = first + first.t(), second + second, third[:, 0] + third[0], fourth * fourth[:, :1]
+        return {str(i): value for i, value in enumerate(made)}
+
     with tape.recording():
-        first = x * 2
-        a = first + first.t()
-        second = x * 3
-        b = second + second
-        third = x * 4
-        c = third[:, 0] + third[0]
-        fourth = x * 5
-        d = fourth * fourth[:1]
-    replay = Replay(tape, {"a": a, "b": b, "c": c, "d": d})
+        outputs = function()
+    replay = Replay(tape, outputs)
     for i in range(3):
         x.copy_(numbers(i, 6, 6))
         replay()
-        assert th.equal(a, x * 2 + (x * 2).t()) and th.equal(b, x * 3 + x * 3)
-        assert th.equal(c, (x * 4)[:, 0] + (x * 4)[0]) and th.equal(d, (x * 5) * (x * 5)[:1])
+        expected = x * 2 + (x * 2).t(), x * 3 + x * 3, (x * 4)[:, 0] + (x * 4)[0], (x * 5) * (x * 5)[:, :1]
+        assert all(map(th.equal, outputs.values(), expected))
 
 
 @pytest.mark.parametrize("dtype", [th.float64, th.float16, th.int32, th.bool])

@@ -468,10 +468,6 @@ IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
 DICT = spaces.Dict({"vector": BOX, "choice": spaces.Discrete(3), "matrix": spaces.Box(-1, 1, (2, 2))})
 
 
-def rate(_: float) -> float:
-    return 1e-3
-
-
 def sac_loss(policy: Any, given: Any) -> th.Tensor:
     observations, actions = given
     own, density = policy.actor.action_log_prob(observations)
@@ -497,7 +493,7 @@ def test_sac(n_critics: int, use_sde: bool) -> None:
 
     def make() -> SACPolicy:
         th.manual_seed(0)
-        return SACPolicy(BOX, ACTIONS, rate, net_arch=[16, 16], n_critics=n_critics, use_sde=use_sde)
+        return SACPolicy(BOX, ACTIONS, lambda _: 1e-3, net_arch=[16, 16], n_critics=n_critics, use_sde=use_sde)
 
     def loss(policy: Any, given: Any) -> th.Tensor:
         if use_sde:
@@ -510,7 +506,7 @@ def test_sac(n_critics: int, use_sde: bool) -> None:
 
 def test_noise_that_is_drawn_outside() -> None:
     """By SB3's ``reset_noise``: watched it is followed; in memory that nobody watches it is refused."""
-    policy = SACPolicy(BOX, ACTIONS, rate, net_arch=[16], use_sde=True)
+    policy = SACPolicy(BOX, ACTIONS, lambda _: 1e-3, net_arch=[16], use_sde=True)
     policy.reset_noise(8)
     x = numbers(0, 8, 4)
 
@@ -531,14 +527,14 @@ def test_noise_that_is_drawn_outside() -> None:
 
 
 def test_td3_with_images() -> None:
-    policy = CnnPolicy(IMAGE, ACTIONS, rate, net_arch=[8])
+    policy = CnnPolicy(IMAGE, ACTIONS, lambda _: 1e-3, net_arch=[8])
     assert_replays(policy, td3_loss, [(3, 3, 36, 36), (3, 2)])
 
 
 @pytest.mark.parametrize("cls", [MultiInputPolicy, SACMultiInput])
 @pytest.mark.parametrize("shared", [False, True])
 def test_dict_observations(cls: Any, shared: bool) -> None:
-    policy = cls(DICT, ACTIONS, rate, net_arch=[8], share_features_extractor=shared)
+    policy = cls(DICT, ACTIONS, lambda _: 1e-3, net_arch=[8], share_features_extractor=shared)
 
     def loss(module: Any, given: Any) -> th.Tensor:
         vector, matrix, choice, actions = given
@@ -551,30 +547,16 @@ def test_dict_observations(cls: Any, shared: bool) -> None:
 # Distributions, which look at what they are given
 
 
-def gaussian(x: th.Tensor) -> Any:
-    return DiagGaussianDistribution(3).proba_distribution(x, th.zeros(3) - 0.5)
+DISTRIBUTIONS: dict[str, Callable[[th.Tensor], Any]] = {
+    "gaussian": lambda x: DiagGaussianDistribution(3).proba_distribution(x, th.zeros(3) - 0.5),
+    "squashed": lambda x: SquashedDiagGaussianDistribution(3).proba_distribution(x, th.zeros(3) - 0.5),
+    "categorical": lambda x: CategoricalDistribution(3).proba_distribution(x),
+    "multi discrete": lambda x: MultiCategoricalDistribution([2, 1]).proba_distribution(x),
+    "multi binary": lambda x: BernoulliDistribution(3).proba_distribution(x),
+}
 
 
-def squashed(x: th.Tensor) -> Any:
-    return SquashedDiagGaussianDistribution(3).proba_distribution(x, th.zeros(3) - 0.5)
-
-
-def categorical(x: th.Tensor) -> Any:
-    return CategoricalDistribution(3).proba_distribution(x)
-
-
-def multi_discrete(x: th.Tensor) -> Any:
-    return MultiCategoricalDistribution([2, 1]).proba_distribution(x)
-
-
-def multi_binary(x: th.Tensor) -> Any:
-    return BernoulliDistribution(3).proba_distribution(x)
-
-
-DISTRIBUTIONS = [gaussian, squashed, categorical, multi_discrete, multi_binary]
-
-
-@pytest.mark.parametrize("make", DISTRIBUTIONS, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("make", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
 def test_distributions(make: Callable[[th.Tensor], Any]) -> None:
     """Samples, modes, densities and divergences, with their checks."""
 
@@ -593,7 +575,7 @@ def test_distributions(make: Callable[[th.Tensor], Any]) -> None:
     assert checks(tape)
 
 
-@pytest.mark.parametrize("make", DISTRIBUTIONS, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("make", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
 def test_checks_of_distributions(make: Callable[[th.Tensor], Any]) -> None:
     """They are looked at in every replay, which stops there; they are not taken as true for good."""
     x, done = numbers(0, 6, 3), th.zeros(())
