@@ -224,12 +224,11 @@ class Guard:
         children = [module._modules for module in modules]
         self._live: list[Mapping[str, Any]] = [place for place in children if place]
         self._copies = [dict(place) for place in self._live]
-        self._empty = [place for place in (*children, *tensors_of_modules) if not place]
-        self._places = [*map(vars, modules)]
-        self._sized = [*self._places, *map(vars, self._helpers)]
+        empty = [place for place in (*children, *tensors_of_modules) if not place]
+        self._sized = [*map(vars, modules), *map(vars, self._helpers), *empty]
         self._lengths = [*map(len, self._sized)]
-        self._modes = [place.get("training") for place in self._places]
-        pairs: list[Place] = [(place, name) for place in self._places for name in place if name not in OF_MODULES]
+        own = OF_MODULES - {"training"}
+        pairs: list[Place] = [(place, name) for place in map(vars, modules) for name in place if name not in own]
         for place, name in pairs:
             if isinstance(place[name], CHANGEABLE):
                 self._contents.append((place, name, _snapshot(place[name])))
@@ -308,12 +307,10 @@ class Guard:
         return changed or (self._change_of_networks(networks) if self._differentiates else None)
 
     def _change_of_modules(self) -> str | None:
-        if any(self._empty) or [*map(len, self._sized)] != self._lengths:
+        if [*map(len, self._sized)] != self._lengths:
             return "a module, or what it computes with"
-        if [place.get("training") for place in self._places] != self._modes:
-            return "the training mode"
         if [place[name] for place, name in self._pairs] != self._pair_values:
-            return "an attribute or a method of a module"
+            return "the training mode, an attribute or a method of a module"
         if self._live != self._copies or any(kind.forward is not function for kind, function in self._forwards):
             return "a module"
         if not identical(self._current_tensors(), self._tensors):
