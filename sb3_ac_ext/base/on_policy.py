@@ -173,12 +173,13 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
     def _reset_noise(self) -> None:
         """New noise for gSDE, in the memory that the noise before it has, which a recording reads."""
         noise = vars(self.policy.action_dist)
-        held = {name: noise.get(name) for name in ("exploration_mat", "exploration_matrices")}
+        held: dict[str, Any] = {name: noise.get(name) for name in ("exploration_mat", "exploration_matrices")}
         with th.no_grad():
             self.policy.reset_noise(self.n_envs)
         for name, memory in held.items():
             new = noise[name].detach()
-            if memory is not None and memory.shape == new.shape and not memory.requires_grad:
+            kind = new.shape, new.dtype, new.device
+            if memory is not None and (memory.shape, memory.dtype, memory.device) == kind and not memory.requires_grad:
                 new = memory.copy_(new)
             noise[name] = new
 
