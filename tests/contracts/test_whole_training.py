@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from stable_baselines3 import DDPG, SAC, TD3
+from stable_baselines3 import DDPG, PPO, SAC, TD3
 from stable_baselines3.common.logger import Logger
 
-from sb3_ac_ext import DDPGX, SACX, TD3X
+from sb3_ac_ext import DDPGX, PPOX, SACX, TD3X
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 DISCOUNT = 0.984375
@@ -46,6 +46,26 @@ def test_whole_training_is_sb3s(ours: Any, theirs: Any, kwargs: dict[str, Any]) 
     report = models[1].engine_report()
     assert all(state == "replayed" for name, state in report.items() if name.startswith("update"))
     np.testing.assert_allclose(models[1].replay_buffer.actions, models[0].replay_buffer.actions, rtol=0, atol=1e-6)
-    pairs = zip(models[1].policy.parameters(), models[0].policy.parameters(), strict=True)
-    assert max(float((own.detach() - expected.detach()).abs().max()) for own, expected in pairs) <= 1e-9
-    assert all(parameter.dtype == th.float64 for parameter in models[1].policy.parameters())
+    assert_parameters_are(*models, 1e-9)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_sde": True}, {"target_kl": 1e-3}], ids=["ppox", "with gsde", "with early stops"])
+def test_whole_training_on_rollouts_is_sb3s(kwargs: dict[str, Any]) -> None:
+    """Advantages are in float32, and theirs are summed in another order."""
+    shared = {"seed": 0, "n_steps": 100, "batch_size": 20, "gamma": DISCOUNT, "gae_lambda": DISCOUNT, **kwargs}
+    models: list[Any] = []
+    for cls in (PPO, PPOX):
+        model = cls("MlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": [16]}, **shared)
+        model.set_logger(Logger(None, []))
+        model.policy.double()
+        models.append(model.learn(700))
+    assert set(models[1].engine_report().values()) == {"replayed"}
+    assert models[1]._n_updates == models[0]._n_updates
+    assert (models[1]._n_updates < 70) == ("target_kl" in kwargs)
+    assert_parameters_are(*models, 1e-7)
+
+
+def assert_parameters_are(theirs: Any, ours: Any, atol: float) -> None:
+    pairs = zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True)
+    assert max(float((own.detach() - expected.detach()).abs().max()) for own, expected in pairs) <= atol
+    assert all(parameter.dtype == th.float64 for parameter in ours.policy.parameters())
