@@ -3,6 +3,7 @@
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -40,30 +41,18 @@ def replayed(own: Actor, rows: int = 1, *options: Any) -> Actor:
 
 def at_once(*functions: Callable[[], Any]) -> list[Any]:
     """Each in a thread; the interpreter changes between them as often as it can."""
-    results: list[Any] = [None] * len(functions)
-    barrier = threading.Barrier(len(functions))
+    barrier, interval = threading.Barrier(len(functions)), sys.getswitchinterval()
 
-    def run(i: int) -> None:
+    def run(function: Callable[[], Any]) -> Any:
         barrier.wait()
-        try:
-            results[i] = functions[i]()
-        except BaseException as error:
-            results[i] = error
+        return function()
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
-    interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(len(functions)) as pool:
+            return [*pool.map(run, functions)]
     finally:
         sys.setswitchinterval(interval)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -1,7 +1,7 @@
 """Networks that are trained: their steps, targets and moments, recorded and as they stand, against PyTorch's own."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -217,36 +217,31 @@ def test_nothing_else_is_differentiated(enabled: bool) -> None:
         assert own.critic.features.weight.grad is not None
 
 
+def norm(tensors: Iterable[Any]) -> float:
+    return th.cat([tensor.flatten() for tensor in tensors]).norm().item()
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("bound", [None, 1e-3, 1e6])
-def test_norms_are_those_before_clipping(bound: float | None, enabled: bool) -> None:
-    own = Learner(enabled=enabled, dtype=th.float64, settings=lambda _: {"max_grad_norm": bound})
+@pytest.mark.parametrize("apart", [False, True])
+def test_norms_and_bounds(apart: bool, bound: float | None, enabled: bool) -> None:
+    """The logged norm is that of all gradients before any is clipped; parts that are clipped apart have a bound each."""
+
+    def parts(net: Any) -> list[list[nn.Parameter]]:
+        return [[*net[0].parameters()], [*net[2].parameters()]] if apart else [[*net.parameters()]]
+
+    own = Learner(
+        enabled=enabled,
+        dtype=th.float64,
+        settings=lambda net: {"max_grad_norm": bound, "clipped": parts(net) if apart else None},
+    )
     for step in range(5):
-        loss = F.mse_loss(own.net(own.batch(step)[0]), own.batch(step)[1])
-        gradients = th.autograd.grad(loss, list(own.net.parameters()))
-        expected = th.cat([g.flatten() for g in gradients]).norm().item()
-        assert own.train([step])["net_grad_norm"] == pytest.approx(expected, rel=1e-9)
-        norm = th.cat([p.grad.flatten() for p in own.net.parameters() if p.grad is not None]).norm().item()
-        assert norm == pytest.approx(min(expected, bound or float("inf")), rel=1e-2 if bound == 1e-3 else 1e-9)
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_gradients_that_are_clipped_apart(enabled: bool) -> None:
-    """Each to its own bound; the logged norm is that of all."""
-    groups: list[list[nn.Parameter]] = []
-
-    def settings(net: Any) -> dict[str, Any]:
-        groups[:] = [[*net[0].parameters()], [*net[2].parameters()]]
-        return {"max_grad_norm": 1e-2, "clipped": groups}
-
-    own = Learner(enabled=enabled, dtype=th.float64, settings=settings)
-    for step in range(4):
-        loss = F.mse_loss(own.net(own.batch(step)[0]), own.batch(step)[1])
-        before = th.cat([g.flatten() for g in th.autograd.grad(loss, list(own.net.parameters()))]).norm().item()
-        assert own.train([step])["net_grad_norm"] == pytest.approx(before, rel=1e-9)
-        for group in groups:
-            norm = th.cat([p.grad.flatten() for p in group if p.grad is not None]).norm().item()
-            assert norm == pytest.approx(1e-2, rel=1e-3)
+        parameters = [*own.net.parameters()]
+        before = dict(zip(parameters, th.autograd.grad(own.loss(own, own.batch(step)), parameters), strict=True))
+        assert own.train([step])["net_grad_norm"] == pytest.approx(norm(before.values()), rel=1e-9)
+        for part in parts(own.net):
+            expected = min(norm(before[p] for p in part), bound or float("inf"))
+            assert norm(p.grad for p in part) == pytest.approx(expected, rel=1e-2 if bound == 1e-3 else 1e-9)
 
 
 @pytest.mark.parametrize("enabled", [True, False])
