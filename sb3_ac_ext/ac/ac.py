@@ -150,7 +150,7 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
         self._engine.begin()
         self._set_traces()
         act = act or self.critic == "q"
-        outputs = self._engine.run(self._update, step, act)
+        outputs = self._run(self._update, step, act)
         if not act:
             return None
         next_actions: np.ndarray = outputs["next_actions"].cpu().numpy()

@@ -285,12 +285,14 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         :param of: what is wanted, ``(b, ...)`` of b of them
         :return: ``(B, ...)`` the same of all of them
         """
-        return th.cat([of(samples.at(slice(start, start + ROWS))) for start in range(0, samples.size, ROWS)])
+        with self._acting_lock:
+            return th.cat([of(samples.at(slice(start, start + ROWS))) for start in range(0, samples.size, ROWS)])
 
     def _run(self, function: Callable[..., Any], batch: Any, *options: Hashable) -> Outputs:
         """``function(batch, *options)`` by the engine, recorded where batches of this size come again and again."""
         recurs = self.rollout == "steps" or len(batch.advantages) == getattr(self, "batch_size", None)
-        return (self._engine.run if recurs else self._engine.run_plainly)(function, batch, *options)
+        with self._engine.lock, self._acting_lock:  # another thread's prediction would put its distribution into the policy
+            return (self._engine.run if recurs else self._engine.run_plainly)(function, batch, *options)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         """A rollout may go beyond the end, and a rate that falls by the remaining progress must not become negative."""

@@ -168,7 +168,7 @@ class Engine(Recorder):
         kind = self._kind(function, batch, options, wait=0)
         if kind.recording is not None and kind.look != self._look:
             self._look_at(kind)
-        with self._lock if not kind.verified else nullcontext():
+        with self.lock if not kind.verified else nullcontext():
             outputs = self._replay(kind, batch) if self.enabled else None
             if outputs is None:
                 return self._plainly(function, batch, options)
@@ -225,7 +225,7 @@ class Engine(Recorder):
         if kind.wait > 0:
             kind.wait -= 1
             return None
-        if not self._lock.acquire(blocking=False):
+        if not self.lock.acquire(blocking=False):
             return None  # another thread is recording
         try:
             with th.no_grad():
@@ -236,7 +236,7 @@ class Engine(Recorder):
                     kind.verified = True
                 return {name: value.cpu().numpy().copy() for name, value in expected.items()}
         finally:
-            self._lock.release()
+            self.lock.release()
 
     def parameter_norms(self) -> dict[str, float]:
         """2-norms of the networks' parameters, by their names; nothing if all of them are finite."""

@@ -74,7 +74,7 @@ class Recorder(Closed):
         self._called: Means | None = None
         self._look = self._updates = self._flushed = 0
         self._replayed: dict[Recording, None] = {}
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # of whoever records; an owner with locks of its own takes this one first
 
     def _call(self, function: Function, batch: tuple[Any, ...], options: tuple[Hashable, ...]) -> Values:
         """The function, and what is logged of it."""
