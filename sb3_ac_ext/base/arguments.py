@@ -39,10 +39,11 @@ def check_on_policy_arguments(model: Any) -> None:
     :param model: an algorithm whose arguments and spaces are set
     :raises TypeError: if an argument has the wrong type
     :raises ValueError: if one is out of range or contradicts another
-    :raises UnsupportedError: if a combination of arguments cannot be served
+    :raises UnsupportedError: if the action space or a combination of arguments cannot be served
     """
     if not hasattr(model, "action_space"):
         raise ArgumentError(f"env must be an environment or the id of one, got None for {type(model).__name__}")
+    check_choices_from_zero(model.action_space)
     for name in ("n_steps", "rollout_episodes"):
         check_number(name, getattr(model, name), low=1, integer=True)
     for name in ("gamma", "gae_lambda"):
@@ -95,6 +96,18 @@ def check_bounded_actions(space: spaces.Space[Any]) -> None:
         finite = np.all(np.isfinite([space.low, space.high]))
         if not (finite and np.all(space.low < space.high)):
             raise UnsupportedError(f"action_space must have finite bounds with low < high in every dimension, got {space}")
+
+
+def check_choices_from_zero(space: spaces.Space[Any]) -> None:
+    """
+    :raises UnsupportedError: if choices are not counted from 0, as policies give them, or do not stand in one row
+    """
+    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)) and np.any(space.start):
+        raise UnsupportedError(
+            f"action_space must count its choices from 0, got {space}; shift them with gymnasium.wrappers.TransformAction"
+        )
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim > 1:
+        raise UnsupportedError(f"action_space must have its choices in one row, got {space}; flatten it")
 
 
 def check_float_actions(space: spaces.Space[Any]) -> None:
