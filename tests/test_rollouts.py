@@ -1,6 +1,8 @@
 """Rollouts: SB3's to the bit, ends of episodes, whole episodes, callbacks that change things, environments that break."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gymnasium as gym
@@ -643,3 +645,93 @@ def test_environments_may_write_into_the_same_memory_at_every_step(row: str, eng
 
     expected = trained(lambda envs: envs)
     assert all(th.equal(value, expected[name]) for name, value in trained(UsedAgain).items())
+
+
+@every_row
+def test_predictions_in_threads_disturb_no_training(row: str) -> None:
+    """Two threads predict all the time, in batches that come to be replayed and in one that never does."""
+
+    def trained(threads: int) -> dict[str, th.Tensor]:
+        envs = make_vec_env(lambda: TimeLimit(Lenient(BOX, spaces.Discrete(3)), 5), n_envs=2, seed=0)
+        model = make(row, envs, seed=0)
+        over = threading.Event()
+
+        def predict(first: int) -> None:
+            size = first
+            while not over.is_set():
+                model.predict(np.zeros((size, *BOX.shape), np.float32), deterministic=True)
+                size = first + (size + 1) % 40
+
+        with ThreadPoolExecutor(max(threads, 1)) as pool:
+            running = [pool.submit(predict, 1 + 50 * i) for i in range(threads)]
+            try:
+                model.learn(200)
+            finally:
+                over.set()
+            for one in running:
+                one.result()
+        return model.policy.state_dict()
+
+    expected = trained(0)
+    for name, value in trained(2).items():
+        th.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@every_row
+@pytest.mark.parametrize(
+    "actions",
+    [spaces.Discrete(3, start=-1), spaces.MultiDiscrete([2, 3], start=[5, 0]), spaces.MultiDiscrete([[2, 3], [4, 5]])],
+    ids=str,
+)
+def test_choices_that_policies_cannot_give_are_refused(row: str, actions: spaces.Space) -> None:
+    with pytest.raises(UnsupportedError, match="action_space must"):
+        make(row, TimeLimit(RandomEnv(BOX, actions), 7))
+
+
+class SetOnce(BaseCallback):
+    """Does something to the model in the second rollout."""
+
+    def __init__(self, do: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.do = do
+
+    def _on_step(self) -> bool:
+        if self.n_calls == 20:
+            self.do(self.model)
+        return True
+
+
+def trained_with(row: str, do: Callable[[Any], None], engine: bool) -> dict[str, th.Tensor]:
+    model = small_model(row, seed=0, engine=engine)
+    model.learn(80, callback=SetOnce(do))
+    return model.policy.state_dict()
+
+
+@pytest.mark.parametrize("number", [np.float32(0.01), np.array(0.01), th.tensor(0.01)], ids=["numpy", "array", "tensor"])
+@every_row
+def test_learning_rates_may_be_numbers_of_any_kind(row: str, number: Any) -> None:
+    expected = trained_with(row, lambda model: setattr(model, "learning_rate", 0.01), engine=True)
+    found = trained_with(row, lambda model: setattr(model, "learning_rate", number), engine=True)
+    untouched = trained_with(row, lambda _: None, engine=True)
+    th.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert any(not th.allclose(value, expected[name], atol=1e-4) for name, value in untouched.items())
+
+
+@every_row
+def test_parameters_of_another_layout(row: str) -> None:
+    def transpose(model: Any) -> None:
+        for parameter in model.policy.parameters():
+            parameter.data = parameter.data.T.contiguous().T if parameter.dim() == 2 else parameter.data
+
+    on, off = (trained_with(row, transpose, engine) for engine in (True, False))
+    th.testing.assert_close(on, off, rtol=1e-4, atol=1e-5)
+
+
+@either_engine
+@pytest.mark.parametrize("row", ["ppox", "ac", "reinforce"])
+def test_gradients_that_are_switched_off_are_missed(row: str, engine: bool) -> None:
+    try:
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            trained_with(row, lambda _: th.set_grad_enabled(False), engine)
+    finally:
+        th.set_grad_enabled(True)
