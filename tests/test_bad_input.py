@@ -103,12 +103,9 @@ VALUES: Cases = {
         (noise(dt=0), r"the dt of action_noise must be a number >= 1e-09, got 0"),
         ({"action_noise": VectorizedActionNoise(noise(dt=-0.01)["action_noise"], 1)}, r"the dt of action_noise .*got -0.01"),
         ({"optimize_memory_usage": True}, r"optimize_memory_usage.*handle_timeout_termination"),
-        ({"policy_kwargs": {"n_critics": 0}}, r"n_critics must be an integer >= 1, got 0"),
     ],
     "ddpgx": [
         ({"critic_weight_decay": -0.1}, r"critic_weight_decay must be a number >= 0, got -0.1"),
-        ({"actor_learning_rate": -1.0}, r"actor_learning_rate must be .*got -1.0"),
-        ({"policy_kwargs": {"n_critics": 0}}, r"n_critics must be an integer >= 1, got 0"),
         (
             {"policy_kwargs": {**ARCHITECTURE, "action_layer": 2}},
             r"action_layer \(of the critic's hidden layers \[16, 8\], from 0\) must be an integer in \[0, 1\], got 2",
@@ -160,8 +157,6 @@ VALUES: Cases = {
         ({"policy_delay": 0}, r"policy_delay must be an integer >= 1, got 0"),
         ({"target_policy_noise": -0.1}, r"target_policy_noise must be a number >= 0, got -0.1"),
         ({"logit_penalty": -1}, r"logit_penalty must be a number >= 0, got -1"),
-        ({"actor_learning_rate": -1.0}, r"actor_learning_rate must be .*got -1.0"),
-        ({"optimize_memory_usage": True}, r"optimize_memory_usage.*handle_timeout_termination"),
         ({"policy_kwargs": {"n_critics": 0}}, r"n_critics must be an integer >= 1, got 0"),
         ({"policy_kwargs": {"gumbel_temperature": 0}}, r"gumbel_temperature must be a number >= 1e-06, got 0"),
         (
@@ -174,7 +169,6 @@ VALUES: Cases = {
             r"one list of parameter_sharing must have spaces of one size and kind, got cow, dog",
         ),
         ({"policy_kwargs": {"parameter_sharing": [["cow"], ["cow"]]}}, r"each in one list, got \[\['cow'\], \['cow'\]\]"),
-        ({"exploration_noise": {"type": "normal"}}, r"exploration_noise lacks start"),
     ],
     "trpox": [
         *several(
@@ -191,15 +185,11 @@ VALUES: Cases = {
         *(({"accept_ratio": value}, rf"accept_ratio must be a number in \[0, 1\], got {value}") for value in (1.5, -0.1)),
         ({"kl_direction": "reverse"}, r"kl_direction must be one of 'new_old', 'old_new', got 'reverse'"),
         ({"kl_reduction": "max"}, r"kl_reduction must be one of 'mean', 'sum', got 'max'"),
-        ({"learning_rate": -1e-3}, r"learning_rate must be .*got -0.001"),
-        ({"gae_lambda": 1.1}, r"gae_lambda must be a number in \[0, 1\], got 1.1"),
     ],
     "ppox": [
         ({"batch_size": 1}, r"batch_size with normalize_advantage=True must be an integer >= 2, got 1"),
         ({"batch_size": 0, "normalize_advantage": False}, r"batch_size must be an integer >= 1, got 0"),
         *several(["n_steps", "n_epochs", "rollout_episodes"], 0, r"{} must be an integer >= 1, got 0"),
-        ({"learning_rate": -1.0}, r"learning_rate must be a number >= 0.*got -1.0"),
-        ({"gamma": 1.5}, r"gamma must be a number in \[0, 1\], got 1.5"),
         ({"gae_lambda": -0.1}, r"gae_lambda must be a number in \[0, 1\], got -0.1"),
         ({"ent_coef": -0.1}, r"ent_coef must be a number >= 0, got -0.1"),
         ({"max_grad_norm": 0}, r"max_grad_norm\['policy'\] must be .*got 0"),
@@ -249,8 +239,6 @@ VALUES: Cases = {
             for rate in (0.1, 0.0)
         ),
         ({"baseline_learning_rate": -1.0}, r"baseline_learning_rate must be .*got -1.0"),
-        ({"learning_rate": "lin"}, r"learning_rate.*got 'lin'"),
-        ({"max_grad_norm": 0}, r"max_grad_norm\['policy'\] must be .*got 0"),
     ],
     "ac": [
         ({"critic": "V"}, r"critic must be one of 'v', 'q', got 'V'"),
@@ -318,7 +306,6 @@ TYPES: Cases = {
         *several(["critic_learning_rate", "policy_delay"], 2, r"SACX\(\) got an unexpected argument '{}'"),
         ({"max_grad_norm": {"critic": 1.0}}, r"unexpected key 'critic'; legal are actor, ent_coef, q_a, q_b"),
         ({"max_grad_norm": {"value": 1.0}}, r"unexpected key 'value'"),
-        ({"policy_kwargs": {"n_critics": 1.5}}, r"n_critics must be an integer, got 1.5"),
         ({"q_learning_rates": {"q_c": 1e-3}}, r"q_learning_rates got an unexpected key 'q_c'; legal are q_a, q_b"),
         ({"q_b_learning_rate": 1e-3, "policy_kwargs": {"n_critics": 1}}, r"'q_b'; legal are q$"),
     ],
@@ -345,14 +332,12 @@ TYPES: Cases = {
         ({"clip_range": [0.2]}, r"clip_range must be .*got \[0.2\] of type list"),
         ({**APART, "value_epochs": 1.5}, r"value_epochs must be an integer, got 1.5"),
         ({**APART, "max_grad_norm": {"critic": 1}}, r"unexpected key 'critic'; legal are policy, value"),
-        ({"policy_kwargs": {"net_arc": [8]}}, r"net_arc"),
         ({"clip_rang": 0.1}, r"PPOX\(\) got an unexpected argument 'clip_rang'; did you mean 'clip_range'\?"),
     ],
     "reinforce": [
         ({"max_rollout_steps": 5.0}, r"max_rollout_steps must be an integer, got 5.0"),
         ({"rollout_episodes": "all"}, r"rollout_episodes must be an integer, got 'all'"),
         ({"max_grad_norm": {"value": 1.0}}, r"unexpected key 'value'; legal are baseline, policy"),
-        ({"policy_kwargs": {"net_arc": [8]}}, r"net_arc"),
         *several(
             ["rollout", "n_steps", "gae_lambda", "drop_unfinished_episodes"],
             *(1, r"Reinforce\(\) got an unexpected argument '{}'"),

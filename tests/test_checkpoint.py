@@ -19,7 +19,6 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.td3.policies import TD3Policy
 from subjects import numbers
 
 import sb3_ac_ext.base.off_policy
@@ -334,14 +333,6 @@ def test_names_are_completed_as_sb3_does(tmp_path: Path) -> None:
     assert names == {"taken.zip_2", "new/folder/model.zip", "model.v1"}
 
 
-def test_saves_to_an_open_file(tmp_path: Path) -> None:
-    model = make().learn(15)
-    with (tmp_path / "model").open("wb") as file:
-        model.save(file)
-    with (tmp_path / "model").open("rb") as file:
-        assert_same(TD3X.load(file), model)
-
-
 @pytest.mark.parametrize("row", ["td3x", "ddpgx", "sacx", "ppox"])
 def test_stored_arguments_are_json(row: str, tmp_path: Path) -> None:
     """SB3 pickles some attributes; ours add none."""
@@ -391,14 +382,6 @@ def test_predicting_needs_no_buffer(tmp_path: Path) -> None:
     assert loaded._replay_buffer is None
 
 
-def test_buffer_is_made_once_at_its_first_use() -> None:
-    model = make()
-    assert model._replay_buffer is None
-    buffer = model.replay_buffer
-    assert isinstance(buffer, ReplayBuffer)
-    assert model.learn(5).replay_buffer is buffer
-
-
 def test_her_model_predicts_without_an_environment(tmp_path: Path) -> None:
     env = BitFlippingEnv(n_bits=3, continuous=True)
     make(env=env, policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer).learn(20).save(tmp_path / "her")
@@ -428,10 +411,6 @@ def test_sb3_zip_and_buffer_load_and_train_on(row: str, variant: str, tmp_path: 
         th.manual_seed(1)
         model.train(gradient_steps=4, batch_size=4)
     th.testing.assert_close(numbers(loaded), numbers(theirs), rtol=0, atol=1e-6)
-
-
-def test_sb3_policy_class_given_to_the_constructor_is_ours() -> None:
-    assert type(TD3X(TD3Policy, scripted()).policy) is sb3_ac_ext.td3x.MlpPolicy
 
 
 @pytest.mark.parametrize("row", ["td3x", "ddpgx"])
