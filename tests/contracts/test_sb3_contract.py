@@ -608,11 +608,16 @@ def test_empty_batches_of_any_row(row: str, n: int) -> None:
     assert action.shape == (n, *model.action_space.shape)
 
 
-@rows()
+CHOICES = ("discrete", "several choices", "coins")
+
+
+@pytest.mark.parametrize(
+    ("row", "variant"), [*itertools.product(EVERY, ["mlp"]), *((row, name) for name in CHOICES for row in VARIANTS[name].rows)]
+)
 @engine_on_and_off
-def test_predict_raises_no_floating_point_error(row: str, engine: bool) -> None:
+def test_predict_raises_no_floating_point_error(row: str, variant: str, engine: bool) -> None:
     """With NumPy told to raise, and outputs that saturate tanh and exp."""
-    model = small_model(row, engine=engine)
+    model = small_model(row, variant, engine=engine)
     for parameter in (model.actor if row in OFF_POLICY else model.policy).parameters():
         parameter.data.mul_(300)
     with np.errstate(all="raise"):

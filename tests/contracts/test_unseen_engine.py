@@ -32,6 +32,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated
 ATOL = 1e-5
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """What is imported where something is done for the first time may set a filter of warnings."""
+    small_model("td3x").learn(30)
+
+
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
     """What a failing test leaves set would make others fail."""
@@ -316,6 +322,38 @@ def test_an_error_leaves_the_process_as_it_was(row: str) -> None:
         with pytest.raises(pytest.fail.Exception, match="asked"):
             model.learn(8, reset_num_timesteps=False)
         assert process_state() == before
+
+
+ALARM: list[None] = []
+"""Shortened by every differentiated forward pass; the last one is interrupted."""
+
+
+class Alarmed(nn.Tanh):
+    """As if somebody pressed Ctrl+C."""
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        if ALARM and th.is_grad_enabled():
+            ALARM.pop()
+            if not ALARM:
+                raise KeyboardInterrupt
+        return super().forward(x)
+
+
+@rows()
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_interrupted_trainings_go_on(row: str, calls: int) -> None:
+    """Also where a recording was being made, or looked over."""
+    before = process_state()
+    model = small_model(row, policy_kwargs={"activation_fn": Alarmed})
+    ALARM.extend([None] * calls)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(30)
+    assert process_state() == before
+    moved = numbers(model) - numbers(model.learn(30))
+    assert moved.isfinite().all()
+    assert moved.abs().max() > 1e-3
+    if row != "reinforce":
+        assert_replayed(model)
 
 
 @rows()
