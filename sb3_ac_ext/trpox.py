@@ -297,8 +297,8 @@ class TRPOX(OnPolicyMixin, TRPO):
         translated = super()._translated_parameters(parameters)
         state = translated.get("policy.optimizer")
         order = [id(parameter) for parameter in self.policy.parameters()]
-        groups = {} if state is None else state.get("param_groups")  # no groups are what load_state_dict complains of
-        if groups and len(groups[0]["params"]) == len(order):
+        # without groups it is what load_state_dict complains of
+        if state is not None and "param_groups" in state and len(state["param_groups"][0]["params"]) == len(order):
             share = [order.index(id(parameter)) for parameter in parameters_of(self.policy.optimizer)]
             rest = [number for number in range(len(order)) if number not in share]
             translated["policy.optimizer"], _ = split_optimizer_state(state, (share, rest))

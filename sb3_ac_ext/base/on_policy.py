@@ -168,7 +168,7 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
 
     def _keep(self, obs: Any, dones: Any) -> None:
         """Copies of what the environments show, and of whether episodes begin there; they may use their memory again."""
-        self._last_obs, self._last_episode_starts = copied(obs), np.array(dones, dtype=bool)  # type: ignore[assignment]
+        self._last_obs, self._last_episode_starts = copied(obs), np.array(dones, dtype=bool)
 
     def _reset_noise(self) -> None:
         """New noise for gSDE, in the memory that the noise before it has, which a recording reads."""
