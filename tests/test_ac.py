@@ -31,7 +31,7 @@ from sb3_ac_ext.networks.actor_critic import policy_parameters, value_parameters
 from sb3_ac_ext.validation import NonFiniteError
 
 SMALL: dict[str, Any] = {"net_arch": [8, 8]}
-SGD = {"optimizer_class": th.optim.SGD}
+SGD: dict[str, Any] = {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {}}
 DETERMINISTIC = {"critic": "q", "deterministic_policy": True}
 
 either_engine = pytest.mark.parametrize("engine", [True, False], ids=["engine on", "engine off"])
