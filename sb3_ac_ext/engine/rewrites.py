@@ -211,15 +211,6 @@ def _product_and_bias(operation: Operation) -> list[Call] | None:
     return _products(operation.result, a, b, bias)
 
 
-@_rule(ROUNDING, "linear")
-def _linear(operation: Operation) -> list[Call] | None:
-    """What ``linear`` is where nobody has taken it apart: without gradients."""
-    x, weight, *bias = operation.args
-    if x.dim() != 2 or x.shape[0] == 1 or x.device.type != "cpu":
-        return None
-    return _products(operation.result, x, weight.t(), bias[0] if bias else None)
-
-
 def _products(out: th.Tensor, a: th.Tensor, b: th.Tensor, bias: th.Tensor | None) -> list[Call]:
     vector = bias is None or bias.dim() == 1
     if products.takes_onednn(a, b) and vector:
