@@ -173,6 +173,8 @@ READS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Any
     "float": number(1.0, 2.0, plain),
     "int that becomes a float": number(1, 1.5, plain),
     "bool": number(True, False, lambda x: 2.0 if x else 1.0),
+    "text": number("a", "b", lambda x: 2.0 if x == "a" else 1.0),
+    "none": number(None, 2.0, lambda x: x or 1.0),
     "nan": number(1.0, float("nan"), plain),
     "float32": number(np.float32(1), np.float32(2)),
     "array": number(np.array(1.0), np.array(2.0)),
