@@ -195,6 +195,15 @@ def test_whose_loss_the_critics_extractor_learns_from(network: str, share: bool)
     assert not th.equal(flat(getattr(model, network)), layers)
 
 
+def test_actors_loss_reaches_a_shared_extractor_by_the_actions_alone() -> None:
+    model = small_model("ddpgx", "shared images", policy_kwargs=LATE)
+    extractor, observations = [*model.actor.features_extractor.parameters()], th.rand(3, *IMAGE.shape)
+    actions = model.actor(observations)
+    found = th.autograd.grad(model.critic.q1_forward(observations, actions).sum(), extractor, retain_graph=True)
+    (slopes,) = th.autograd.grad(model.critic(observations, actions)[0].sum(), actions, retain_graph=True)
+    th.testing.assert_close(found, th.autograd.grad((slopes * actions).sum(), extractor))
+
+
 # Initialisation, weight decay
 
 
