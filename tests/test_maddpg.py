@@ -335,21 +335,20 @@ def test_gradients_are_clipped_for_each_agent(engine: bool) -> None:
 # Data
 
 
-def test_rows_hold_one_step_of_all_agents() -> None:
-    env = Meadow(length=5)
-    model = make(env, learning_starts=100).learn(40)
-    buffer = model.replay_buffer
-    assert type(buffer) is JointReplayBuffer
+@pytest.mark.parametrize("lengths", [(5,), (3, 4, 5)], ids=["one environment", "three"])
+def test_rows_hold_one_step_of_all_agents(lengths: tuple[int, ...]) -> None:
+    """Environments with different lengths of episodes are soon at different steps."""
+    env = DummyVecEnv([lambda length=length: JointEnv(Meadow(length=length)) for length in lengths])
+    model = make(env, learning_starts=200).learn(40 * len(lengths))
+    assert type(model.replay_buffer) is JointReplayBuffer
     np.random.seed(0)
     batch = model._sample(64)
     t = batch.next_observations[:, 0]
     th.testing.assert_close(batch.observations[:, 0], t - 1)
     assert th.equal(batch.next_observations[:, 10:].argmax(dim=1).float(), t)  # the fly's one-hot of t
     th.testing.assert_close(batch.rewards, th.stack([t, -t, 10 * t], dim=1))
-    assert th.equal(batch.dones, (t == 5).float()[:, None].expand(-1, 3))
     assert batch.active.all()
-    cow = 1.5 * (batch.actions[:, 0] + 1)
-    th.testing.assert_close(batch.next_observations[:, 5], cow)
+    th.testing.assert_close(batch.next_observations[:, 5], 1.5 * (batch.actions[:, 0] + 1))
     th.testing.assert_close(batch.next_observations[:, 6], batch.actions[:, 1:4].argmax(dim=1).float() + 1)
     fly = th.stack([batch.actions[:, 4], 2 * (batch.actions[:, 5] + 1)], dim=1)
     th.testing.assert_close(batch.next_observations[:, 7:9], fly)
@@ -367,30 +366,20 @@ def test_an_agent_that_ends_early(kind: str) -> None:
     assert not batch.next_observations[2:, 10:].any()
 
 
-@pytest.mark.parametrize("truncates", [False, True])
-def test_the_end_of_the_episode(truncates: bool) -> None:
-    model = make(Meadow(length=3, truncates=truncates), learning_starts=100).learn(6)
+@pytest.mark.parametrize(
+    ("env", "done"),
+    [
+        (lambda: Meadow(length=3), 1.0),
+        (lambda: Meadow(length=3, truncates=True), 0.0),
+        (lambda: TimeLimit(JointEnv(Meadow(length=5)), 3), 0.0),
+    ],
+    ids=["terminates", "truncates", "time limit"],
+)
+def test_the_end_of_the_episode(env: Callable[[], Any], done: float) -> None:
+    model = make(env(), learning_starts=100).learn(6)
     batch = model.replay_buffer._get_samples(np.arange(6))
-    assert batch.dones[[2, 5]].eq(float(not truncates)).all()
+    assert batch.dones.tolist() == [[0] * 3, [0] * 3, [done] * 3] * 2
     assert batch.next_observations[:, 0].tolist() == [1, 2, 3, 1, 2, 3]
-
-
-def test_a_time_limit_around_the_joint_environment_is_no_termination() -> None:
-    model = make(TimeLimit(JointEnv(Meadow(length=5)), 3), learning_starts=100).learn(6)
-    batch = model.replay_buffer._get_samples(np.arange(6))
-    assert not batch.dones.any()
-    assert batch.next_observations[:, 0].tolist() == [1, 2, 3, 1, 2, 3]
-
-
-def test_rows_of_several_environments_are_not_mixed() -> None:
-    """Environments with different lengths of episodes are soon at different steps."""
-    env = DummyVecEnv([lambda length=length: JointEnv(Meadow(length=length)) for length in (3, 4, 5)])
-    model = make(env, learning_starts=200).learn(120)
-    batch = model._sample(64)
-    t = batch.next_observations[:, 0]
-    th.testing.assert_close(batch.observations[:, 0], t - 1)
-    th.testing.assert_close(batch.rewards, th.stack([t, -t, 10 * t], dim=1))
-    th.testing.assert_close(batch.next_observations[:, 5], 1.5 * (batch.actions[:, 0] + 1))
 
 
 def test_zero_sum_game_keeps_both_rewards() -> None:
