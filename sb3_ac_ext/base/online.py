@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ac_ext.base.environment_checks import check_rollout, locate_non_finite
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
+from sb3_ac_ext.validation import check_choice
 
 ROLLOUT = 500
 """Steps between two looks at the learning rates, at whether everything is finite, and the log: what costs more than a step."""
@@ -23,6 +24,10 @@ class OnlineMixin(OnPolicyMixin):
 
     An algorithm says in `_learn_from` what a step teaches.
     """
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        check_choice("rollout", self.rollout, ("steps",))  # in a file of another algorithm it can be something else
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
