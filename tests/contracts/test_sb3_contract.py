@@ -77,11 +77,11 @@ def test_training_is_sb3s(row: str, variant: str, engine: bool) -> None:
 
 
 def without_sb3() -> list[Any]:
-    """Half of them by default, drawn."""
+    """A third of them by default, drawn."""
     found = []
     for name, variant in VARIANTS.items():
         for row in variant.rows if not variant.sb3 else [row for row in variant.rows if row not in SB3]:
-            default = name == "mlp" or random.Random(f"{row} {name}").random() < 1 / 2
+            default = name == "mlp" or random.Random(f"{row} {name}").random() < 1 / 3
             found.append(pytest.param(row, name, marks=[] if default else pytest.mark.slow))
     return found
 

@@ -5,6 +5,7 @@ and not by differentiating its networks, which are PyTorch modules like any othe
 
 import copy
 import gc
+import random
 import resource
 import sys
 import threading
@@ -48,17 +49,25 @@ def restored() -> Iterator[None]:
 # There is something to be seen
 
 
+def drawn_by_default(row: str, variant: str) -> bool:
+    return row in OFF_POLICY or random.Random(f"{row} {variant}").random() < 1 / 2
+
+
 @pytest.mark.parametrize(
     ("row", "variant"),
     [
-        (row, name)
+        pytest.param(row, name, marks=[] if drawn_by_default(row, name) else pytest.mark.slow)
         for name, variant in VARIANTS.items()
         for row in variant.rows
         if row != "reinforce" and name not in ("looks at values", "counts")
     ],
 )
 def test_updates_are_replayed(row: str, variant: str) -> None:
-    """Otherwise the other tests of this folder show nothing. Episodes, of which REINFORCE learns, have any length."""
+    """
+    Otherwise the other tests of this folder show nothing; on-policy half of them by default.
+
+    Episodes, of which REINFORCE learns, have any length.
+    """
     model = small_model(row, variant).learn(WARM_UP + BEFORE)
     assert_replayed(model)
 
@@ -130,12 +139,12 @@ class Annealing(BaseCallback):
 
 @rows()
 def test_annealed_numbers_take_no_memory(row: str) -> None:
-    """A hundred and forty values; a recording for each would hold a hundred tensors each."""
-    callback = Annealing((60, 200))
-    small_model(row).learn(200, callback=callback)
+    """Eighty values; a recording for each would hold a hundred tensors each."""
+    callback = Annealing((50, 130))
+    small_model(row).learn(130, callback=callback)
     (bytes_before, objects_before), (bytes_after, objects_after) = callback.alive
-    assert bytes_after - bytes_before < 50_000
-    assert objects_after - objects_before < 2_000
+    assert bytes_after - bytes_before < 30_000
+    assert objects_after - objects_before < 1_200
 
 
 @rows((*CRITICS, "ppox"))
