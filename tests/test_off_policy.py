@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch as th
 from batches import SGD, batches, engine_on_and_off, feed, flat
-from environments import ScriptedEnv
+from environments import RandomEnv, ScriptedEnv
+from gymnasium import spaces
 from models import OFF_POLICY, SB3, SB3_OFF_POLICY, algorithm_class, environment, rows, small_model
 from subjects import Intervention, assert_sb3s, train
 from torch import nn
@@ -204,16 +205,18 @@ def test_rollouts_act_by_replays(row: str) -> None:
 
 
 @rows(OFF_POLICY)
+@pytest.mark.parametrize("matrices", [False, True], ids=["usual", "float64 matrices"])
 @pytest.mark.parametrize("deterministic", [True, False], ids=["mode", "sample"])
-def test_replayed_actions_are_the_policys(row: str, deterministic: bool) -> None:
+def test_replayed_actions_are_the_policys(row: str, deterministic: bool, matrices: bool) -> None:
     """The same actions from the same random numbers, and as many of them; what the actor becomes is seen at once."""
-    model = small_model(row).learn(30)
+    unusual = RandomEnv(spaces.Box(-5, 5, (2, 3), np.float64), spaces.Box(-1, 2, (3, 7), np.float64))
+    model = small_model(row, env=unusual if matrices else None).learn(30)
     found = []
     for factor, size in ((1.0, None), (1.0, 1), (-2.0, 3)):
         for parameter in model.actor.parameters():
             parameter.data.mul_(factor)
         shape = model.observation_space.shape if size is None else (size, *model.observation_space.shape)
-        batch = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        batch = np.random.default_rng(0).normal(size=shape).astype(model.observation_space.dtype)
         for _ in range(6):
             model.predict(batch, deterministic=deterministic)
         assert model.engine_report()[f"act({deterministic})"] == "replayed"
