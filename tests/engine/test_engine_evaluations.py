@@ -137,7 +137,9 @@ def test_modes_of_the_caller(mode: Any, first: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [np.asfortranarray, lambda x: np.repeat(x, 2, axis=0)[::2], lambda x: np.flip(x.copy(), 0)], ids=str
+    "given",
+    [np.asfortranarray, lambda x: np.repeat(x, 2, axis=0)[::2], lambda x: np.flip(x.copy(), 0)],
+    ids=["by columns", "every second row", "backwards"],
 )
 def test_arrays_of_any_layout(given: Callable[[np.ndarray], np.ndarray]) -> None:
     """Or an error as PyTorch's, which takes no negative strides, where it is not replayed yet."""
