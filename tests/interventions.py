@@ -661,7 +661,7 @@ def counters_set(subject: Subject) -> None:
 
 @intervention(counts=True)
 def step_replaced(subject: Subject) -> None:
-    optimizer = next(iter(subject.optimizers().values()))
+    optimizer = subject.optimizers()["actor.optimizer" if subject.row in OFF_POLICY else "policy.optimizer"]
     optimizer.step = subject.count("step")  # type: ignore[method-assign]  # which makes none
 
 
@@ -912,15 +912,25 @@ def other_distribution(subject: Subject) -> None:
     subject.model.policy.action_dist = Wide(2)
 
 
+def bent(density: Callable[..., th.Tensor]) -> Callable[..., th.Tensor]:
+    """Another density, which differs by more than the length of its gradient."""
+
+    def replacement(*args: Any) -> th.Tensor:
+        log_prob = density(*args)
+        return log_prob - 0.05 * log_prob.square()
+
+    return replacement
+
+
 @intervention(rows=ON_POLICY)
 def density_of_the_distribution(subject: Subject) -> None:
     distribution = subject.model.policy.action_dist
-    distribution.log_prob = scaled(distribution.log_prob)
+    distribution.log_prob = bent(distribution.log_prob)
 
 
 @intervention(rows=ON_POLICY)
 def density_of_the_distributions_class(subject: Subject) -> None:
-    patched(subject, DiagGaussianDistribution, "log_prob", scaled(DiagGaussianDistribution.log_prob))
+    patched(subject, DiagGaussianDistribution, "log_prob", bent(DiagGaussianDistribution.log_prob))
 
 
 @intervention(rows=ON_POLICY)
@@ -981,8 +991,9 @@ def class_of_the_acting_policy(subject: Subject) -> None:
     policy.__class__ = type("Scaled", (type(policy),), {"forward": scaled(type(policy).forward)})
 
 
-@intervention(rows=ON_POLICY, **COMPILED)
+@intervention(rows=tuple(row for row in ON_POLICY if row in BY_ADAM), **COMPILED)
 def compiled_evaluation(subject: Subject) -> None:
+    """Not with K-FAC, which sees layers by a mode that PyTorch's compiler mistakes once something else was compiled."""
     subject.model.policy.evaluate_actions = compiled(subject, subject.model.policy.evaluate_actions)
 
 
