@@ -9,7 +9,7 @@ REINFORCE with or without a baseline (Williams 1992; Sutton and Barto 2018, sect
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -21,7 +21,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
-from sb3_ac_ext.base.typing import ActingKwargs, constructor_keys
+from sb3_ac_ext.base.typing import constructor_keys
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.returns import episode_discounts
 from sb3_ac_ext.functional.surrogates import normalized, squared_error
@@ -93,7 +93,7 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
         normalize_advantage: bool = False,
         max_grad_norm: float | dict[str, float] | None = None,
         _init_setup_model: bool = True,
-        **kwargs: Unpack[ActingKwargs],
+        **kwargs: Any,
     ) -> None:
         check_keys("Reinforce()", kwargs, constructor_keys(Reinforce))
         self.max_rollout_steps = max_rollout_steps

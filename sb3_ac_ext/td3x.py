@@ -12,7 +12,7 @@ TD3 with a twin-stream critic (Fujimoto et al. 2018, "Addressing Function Approx
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Literal
 
 import torch as th
 from stable_baselines3 import TD3
@@ -24,13 +24,15 @@ from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_ac_ext.base.arguments import check_float_actions
+from sb3_ac_ext.base.noise import ExplorationNoise
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
-from sb3_ac_ext.base.typing import OffPolicyKwargs
+from sb3_ac_ext.base.schedules import Rate
+from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.losses import smoothed_action, squared_error, td_errors, td_target
 from sb3_ac_ext.networks.policies import CriticPolicy, ForDicts, ForImages
-from sb3_ac_ext.validation import check_number
+from sb3_ac_ext.validation import NonNegative, PositiveInt
 
 
 class MlpPolicy(CriticPolicy, TD3Policy):
@@ -54,15 +56,11 @@ class TD3X(OffPolicyMixin, TD3):
     truncated episodes bootstrap at their last observation. Differences from SB3's TD3 with the extras at their defaults:
     none in the updates; the replay buffer is allocated at its first use.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class
-    :param env: environment or its id, with a Box action space of finite bounds
-    :param learning_rate: rate of both networks: a number >= 0, "lin_x" (falls linearly from x to 0), or a schedule
-    :param actor_learning_rate: rate of the actor instead
-    :param critic_learning_rate: rate of the critic instead
-    :param policy_delay: critic updates per update of actor and targets, >= 1
-    :param target_policy_noise: sigma, std of the smoothing noise in the scaled action space, >= 0
-    :param target_noise_clip: c, its largest absolute value, >= 0
-    :param kwargs: `OffPolicyKwargs`; the other arguments are SB3's, see `OffPolicyArguments`
+    :param actor_learning_rate: rate of the actor instead of ``learning_rate``
+    :param critic_learning_rate: rate of the critic instead of ``learning_rate``
+    :param policy_delay: critic updates per update of actor and targets
+    :param target_policy_noise: sigma, std of the smoothing noise in the scaled action space
+    :param target_noise_clip: c, its largest absolute value
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for spaces that TD3 cannot take
@@ -93,9 +91,9 @@ class TD3X(OffPolicyMixin, TD3):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
-        policy_delay: int = 2,
-        target_policy_noise: float = 0.2,
-        target_noise_clip: float = 0.5,
+        policy_delay: PositiveInt = 2,
+        target_policy_noise: NonNegative = 0.2,
+        target_noise_clip: NonNegative = 0.5,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -104,18 +102,14 @@ class TD3X(OffPolicyMixin, TD3):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
         *,
-        actor_learning_rate: float | str | Schedule | None = None,
-        critic_learning_rate: float | str | Schedule | None = None,
-        **kwargs: Unpack[OffPolicyKwargs],
+        actor_learning_rate: Rate | None = None,
+        critic_learning_rate: Rate | None = None,
+        max_grad_norm: float | dict[str, float] | None = None,
+        exploration_noise: ExplorationNoise | None = None,
+        warmup: Literal["uniform", "noise"] = "uniform",
+        engine: bool = True,
     ) -> None:
-        super().__init__(
-            *(policy, env, learning_rate, buffer_size, learning_starts, batch_size, tau, gamma, train_freq, gradient_steps),
-            *(action_noise, replay_buffer_class, replay_buffer_kwargs, optimize_memory_usage, n_steps, policy_delay),
-            *(target_policy_noise, target_noise_clip, stats_window_size, tensorboard_log, {**(policy_kwargs or {})}),
-            *(verbose, seed, device),
-            _init_setup_model=False,
-            **kwargs,
-        )
+        super().__init__(**passed_on(TD3X, locals()), _init_setup_model=False)
         self.actor_learning_rate = actor_learning_rate
         self.critic_learning_rate = critic_learning_rate
         if _init_setup_model:
@@ -124,9 +118,6 @@ class TD3X(OffPolicyMixin, TD3):
     def _check_arguments(self) -> None:
         super()._check_arguments()
         check_float_actions(self.action_space)
-        check_number("policy_delay", self.policy_delay, low=1, integer=True)
-        check_number("target_policy_noise", self.target_policy_noise, low=0)
-        check_number("target_noise_clip", self.target_noise_clip, low=0)
 
     def _networks(self) -> Mapping[str, Network]:
         critic, actor = self.critic, self.actor

@@ -13,7 +13,7 @@ Trust region policy optimisation (Schulman et al. 2015, arXiv:1502.05477).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -29,7 +29,6 @@ from torch import nn
 
 from sb3_ac_ext.base.checkpoint import parameters_of, split_optimizer_state
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
-from sb3_ac_ext.base.typing import OnPolicyKwargs
 from sb3_ac_ext.buffers.rollouts import Samples, minibatches
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.natural_gradient import (
@@ -120,7 +119,7 @@ class TRPOX(OnPolicyMixin, TRPO):
         kl_reduction: str = "mean",
         accept_ratio: float | None = None,
         _init_setup_model: bool = True,
-        **kwargs: Unpack[OnPolicyKwargs],
+        **kwargs: Any,
     ) -> None:
         for name, value in (("n_steps", n_steps), ("batch_size", batch_size)):
             check_number(name, value, low=1, integer=True)  # TRPO computes with them

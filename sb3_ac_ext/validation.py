@@ -1,17 +1,34 @@
-"""Errors and argument checks, in one place so that every message names argument, value and legal range."""
+"""
+Errors, and the check of a value against what an annotation declares, so that every message has name, value and legal range.
+
+An argument is declared once, in the signature of a constructor: its type, and behind it in ``Annotated`` its range (in the
+terms of the `annotated_types` package) and what else there is to know of it. `check` reads that, `legal` says it in words, and
+hypothesis draws from it.
+"""
 
 import math
 import operator
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from decimal import Decimal
 from difflib import get_close_matches
+from enum import StrEnum
 from fractions import Fraction
-from typing import Any
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NotRequired, Required, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from annotated_types import Ge, GroupedMetadata, Gt, Interval, Le, Lt
 
 NO_NUMBERS = (bool, str, bytes, bytearray, Decimal, Fraction)
 """What ``float`` takes, and arithmetic with tensors does not take or takes for something else."""
+LARGEST = {int: sys.maxsize, float: (2 - 2**-23) * 2.0**127}
+"""Legal numbers: what an index may be, and what networks can compute with (float32)."""
+
+LONGEST = 200
+"""Letters of a value in a message."""
 
 
 class ArgumentError(ValueError, AssertionError):
@@ -30,8 +47,228 @@ class NonFiniteError(ValueError):
     """Training produced NaN or infinity. A ``ValueError``, so that a hyperparameter search prunes the trial."""
 
 
+# What annotations are made of
+
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+NonNegative = Annotated[float, Ge(0)]
+Positive = Annotated[float, Ge(1e-12)]
+"""Far enough from 0 to divide by."""
+UnitInterval = Annotated[float, Interval(ge=0, le=1)]
+
+
+class Acts(StrEnum):
+    """When another value of the argument acts that is set on a model which is there; without any of these it is an update."""
+
+    STEP = "next step"
+    UPDATE = "next update"
+    ROLLOUT = "next rollout"
+    LEARN = "next `learn()`"
+    NEVER = "in a new model"
+
+
+@dataclass(frozen=True)
+class Syntax:
+    """An argument with a syntax of its own."""
+
+    legal: str
+    """What is legal, in words."""
+    check: Callable[[str, Any], Any] = field(repr=False)
+    """Of the argument's name and its value; raises for what is not legal."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Another value than the default goes with some values of another argument only; without any, with all but its default."""
+
+    name: str
+    values: tuple[Any, ...]
+
+    def __init__(self, name: str, *values: Any) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "values", values)
+
+    def __str__(self) -> str:
+        return " or ".join(f"{self.name}={value!r}" for value in self.values) or self.name
+
+
+@dataclass(frozen=True)
+class Excludes:
+    """Of this argument and another one only one may differ from its default."""
+
+    name: str
+
+
+# Checks
+
+
+def check(name: str, value: Any, annotation: Any) -> None:
+    """
+    :param name: the argument's name
+    :param value: what was given
+    :param annotation: a type, union, ``Literal``, ``dict[str, ...]``, ``TypedDict``, or one of these ``Annotated`` with its range
+        or its `Syntax`
+    :raises ArgumentTypeError: if ``value`` is of no type that is declared
+    :raises ArgumentError: if it is out of the range of its type
+    """
+    error: type[ArgumentError] = ArgumentTypeError
+    note = ""
+    for kind, constraints in alternatives(annotation):
+        if (syntax := syntax_in(constraints)) is not None:
+            syntax.check(name, value)
+            return
+        if kind is int or kind is float:
+            number = _number(value, kind)
+            if number is None:
+                continue
+            if abs(number) <= LARGEST[kind] and all(_holds(number, one) for one in constraints):
+                return
+            error = ArgumentError
+            note = f" (and at most {LARGEST[kind]:.3g})" if LARGEST[kind] < abs(number) else note
+        elif get_origin(kind) is Literal:
+            error = ArgumentError
+            if isinstance(value, tuple(map(type, get_args(kind)))) and value in get_args(kind):
+                return
+        elif _is_a(value, kind):
+            if get_origin(kind) is dict:
+                for key, part in value.items():
+                    check(f"{name}[{key!r}]", part, get_args(kind)[1])
+            elif is_typeddict(kind):
+                _check_typed_dict(name, value, kind)
+            return
+    of_type = f" of type {type(value).__name__}" if error is ArgumentTypeError else ""
+    raise error(f"{name} must be {legal(annotation)}{note}, got {shown(value)}{of_type}")
+
+
+def shown(value: Any) -> str:
+    """A value in a message: not longer than a line or two, and without an error of its own."""
+    try:
+        return text if len(text := repr(value)) <= LONGEST else f"{text[:LONGEST]}..."
+    except Exception:  # as of an integer with thousands of digits
+        return object.__repr__(value)
+
+
+def legal(annotation: Any) -> str:
+    """
+    :param annotation: as for `check`
+    :return: what it declares, in words: "an integer >= 1 or None"
+    """
+    words = dict.fromkeys(_in_words(kind, constraints) for kind, constraints in alternatives(annotation))
+    words |= {"None": words.pop("None")} if "None" in words else {}  # last
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+@cache
+def alternatives(annotation: Any) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
+    """
+    :param annotation: as for `check`
+    :return: what a union is made of, each with all that stands behind it in ``Annotated``
+    """
+    kind, constraints = annotation, ()
+    if get_origin(annotation) is Annotated:
+        kind, *behind = get_args(annotation)
+        constraints = tuple(part for one in behind for part in (one if isinstance(one, GroupedMetadata) else [one]))
+    if get_origin(kind) in (Union, UnionType) and syntax_in(constraints) is None:
+        parts = [(part, (*own, *constraints)) for one in get_args(kind) for part, own in alternatives(one)]
+        return tuple(sorted(parts, key=lambda part: part[0] is not NoneType))  # None first, for a syntax would refuse it
+    return ((kind, constraints),)
+
+
+def syntax_in(constraints: Iterable[Any]) -> Syntax | None:
+    """The `Syntax` among what stands in ``Annotated``."""
+    return next((one for one in constraints if isinstance(one, Syntax)), None)
+
+
+def _number(value: Any, kind: type) -> float | None:
+    """A number of any library, arrays and tensors of a single one included; None for what is none."""
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        if isinstance(value, NO_NUMBERS):
+            return None
+        return operator.index(value) if kind is int else float(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError, RuntimeError):  # the last for tensors of several numbers
+        return None
+
+
+def _holds(number: float, constraint: Any) -> bool:
+    match constraint:
+        case Ge(bound):
+            return bool(number >= bound)  # type: ignore[operator]  # bounds are numbers here
+        case Gt(bound):
+            return bool(number > bound)  # type: ignore[operator]
+        case Le(bound):
+            return bool(number <= bound)  # type: ignore[operator]
+        case Lt(bound):
+            return bool(number < bound)  # type: ignore[operator]
+    return True
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    origin = get_origin(kind)
+    if kind is Any:
+        return True
+    if origin is type:
+        return isinstance(value, type) and issubclass(value, get_args(kind)[0])
+    if origin is dict or is_typeddict(kind):
+        return isinstance(value, Mapping)
+    if origin is list:
+        return isinstance(value, list | tuple)
+    return isinstance(value, origin or kind)
+
+
+def _in_words(kind: Any, constraints: tuple[Any, ...]) -> str:
+    if (syntax := syntax_in(constraints)) is not None:
+        return syntax.legal
+    if kind is int or kind is float:
+        return f"{'an integer' if kind is int else 'a number'}{_range_in_words(constraints, kind)}"
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(repr, get_args(kind)))}"
+    if get_origin(kind) is type:
+        return f"a class derived from {get_args(kind)[0].__name__}"
+    if is_typeddict(kind):
+        return f"a dict with the keys {', '.join(kind.__annotations__)}"
+    if get_origin(kind) is dict:
+        values = get_args(kind)[1]
+        return "a dict" if values is Any else f"a dict whose values are {legal(values)}"
+    names = {NoneType: "None", bool: "True or False", str: "a string", list: "a list"}
+    plain = get_origin(kind) or kind
+    name = getattr(plain, "__name__", str(plain))
+    return names.get(plain, f"{'an' if name[0] in 'AEIOU' else 'a'} {name}")
+
+
+def _range_in_words(constraints: tuple[Any, ...], kind: Any) -> str:
+    lows = [(one, one.ge if isinstance(one, Ge) else one.gt) for one in constraints if isinstance(one, Ge | Gt)]
+    highs = [(one, one.le if isinstance(one, Le) else one.lt) for one in constraints if isinstance(one, Le | Lt)]
+    if lows and highs:
+        (low, at_least), (high, at_most) = lows[-1], highs[-1]
+        return f" in {'[' if isinstance(low, Ge) else '('}{at_least}, {at_most}{']' if isinstance(high, Le) else ')'}"
+    if lows:
+        return f" {'>=' if isinstance(lows[-1][0], Ge) else '>'} {lows[-1][1]}"
+    if highs:
+        return f" {'<=' if isinstance(highs[-1][0], Le) else '<'} {highs[-1][1]}"
+    return ""
+
+
+def _check_typed_dict(name: str, value: Any, kind: Any) -> None:
+    hints = _hints(kind)
+    check_mapping(name, value, kind.__required_keys__, kind.__optional_keys__)
+    for key, part in value.items():
+        check(f"{name}[{key!r}]", part, hints[key])
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {key: get_args(hint)[0] if get_origin(hint) in (Required, NotRequired) else hint for key, hint in hints.items()}
+
+
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, integer: bool = False) -> None:
     """
+    `check` of a number whose range is known only when the program runs.
+
     :param name: the argument's name
     :param value: what was given
     :param low: smallest legal value
@@ -40,35 +277,17 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     :raises ArgumentTypeError: if ``value`` is not a number (or not an integer)
     :raises ArgumentError: if ``value`` is outside [low, high] or not finite
     """
-    kind = "an integer" if integer else "a number"
-    try:
-        number = operator.index(value) if integer else float(value)
-    except OverflowError:
-        number = math.inf
-    except (TypeError, ValueError, RuntimeError):  # the last for tensors of several numbers
-        number = None
-    if number is None or isinstance(value, NO_NUMBERS):
-        raise ArgumentTypeError(f"{name} must be {kind}, got {value!r} of type {type(value).__name__}")
-    largest = sys.maxsize if integer else sys.float_info.max
-    if not max(low, -largest) <= number <= min(high, largest):
-        legal = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
-        raise ArgumentError(f"{name} must be {kind} {legal}, got {value!r}")
+    bounds = [Ge(low)] * (low > -math.inf), [Le(high)] * (high < math.inf)
+    check(name, value, Annotated[(int if integer else float, *bounds[0], *bounds[1], None)])
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     """
+    `check` of a choice from what is known only when the program runs.
+
     :raises ArgumentError: if ``value`` is not one of ``choices``
     """
-    if value not in choices:
-        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_switch(name: str, value: Any) -> None:
-    """
-    :raises ArgumentTypeError: if ``value`` is neither True nor False
-    """
-    if not isinstance(value, bool):
-        raise ArgumentTypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+    check(name, value, Literal[tuple(choices)])
 
 
 def check_keys(owner: str, keys: Iterable[str], allowed: Collection[str], kind: str = "argument") -> None:
@@ -81,13 +300,13 @@ def check_keys(owner: str, keys: Iterable[str], allowed: Collection[str], kind: 
     """
     for key in keys:
         if key not in allowed:
-            close = get_close_matches(key, allowed, n=1, cutoff=0.7)  # not "q_a" for "q_c"
+            close = get_close_matches(str(key), allowed, n=1, cutoff=0.7)  # not "q_a" for "q_c"
             hint = (
                 f"; did you mean {close[0]!r}?"
                 if close
                 else f"; legal are {', '.join(sorted(name for name in allowed if name[0] != '_'))}"
             )
-            raise TypeError(f"{owner} got an unexpected {kind} {key!r}{hint}")
+            raise ArgumentTypeError(f"{owner} got an unexpected {kind} {key!r}{hint}")
 
 
 def check_mapping(name: str, value: Any, required: Collection[str], optional: Collection[str] = ()) -> Mapping[str, Any]:
@@ -98,7 +317,7 @@ def check_mapping(name: str, value: Any, required: Collection[str], optional: Co
     if not isinstance(value, Mapping):
         raise ArgumentTypeError(f"{name} must be a dict with the keys {', '.join([*required, *optional])}, got {value!r}")
     check_keys(name, value, {*required, *optional}, kind="key")
-    missing = [key for key in required if key not in value]
+    missing = sorted(key for key in required if key not in value)
     if missing:
         raise ArgumentError(f"{name} lacks {', '.join(missing)}, got {dict(value)!r}")
     return value
@@ -118,3 +337,6 @@ def translated_assertions(model: Any) -> Iterator[None]:
     except AssertionError as error:
         shown = [f"{name}={getattr(model, name)}" for name in ("observation_space", "action_space") if hasattr(model, name)]
         raise UnsupportedError(f"{type(model).__name__}: {error}; got {', '.join(shown)}") from error
+
+
+def check_switch(name, value): check(name, value, bool)

@@ -14,7 +14,7 @@ Actor-critic that learns from every step as it is taken (Sutton and Barto 2018, 
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -29,7 +29,7 @@ from sb3_ac_ext.ac.step import Step, replaced
 from sb3_ac_ext.ac.traces import Traces, along, follow, traces_of
 from sb3_ac_ext.base.on_policy import truncated
 from sb3_ac_ext.base.online import ROLLOUT, OnlineMixin
-from sb3_ac_ext.base.typing import ActingKwargs, constructor_keys
+from sb3_ac_ext.base.typing import constructor_keys
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.networks.actor_critic import SEPARATE_POLICIES, separate_optimizers
 from sb3_ac_ext.validation import check_keys
@@ -88,7 +88,7 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
         critic_trace_lambda: float = 0.0,
         max_grad_norm: float | dict[str, float] | None = None,
         _init_setup_model: bool = True,
-        **kwargs: Unpack[ActingKwargs],
+        **kwargs: Any,
     ) -> None:
         check_keys("AC()", kwargs, constructor_keys(AC))
         self.actor_learning_rate = actor_learning_rate

@@ -14,7 +14,7 @@ The Fisher matrix of N(V, 1) is the Gauss-Newton matrix of the critic's loss.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self, Unpack
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch as th
 from stable_baselines3 import A2C
@@ -27,7 +27,6 @@ from sb3_ac_ext.acktr.arguments import check_acktr_arguments, check_shared_argum
 from sb3_ac_ext.acktr.blocks import LayerCalls
 from sb3_ac_ext.acktr.kfac_optimizer import KFAC, OPTIONS
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
-from sb3_ac_ext.base.typing import OnPolicyKwargs
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.kfac import adapted_step_scale
 from sb3_ac_ext.functional.surrogates import normalized, squared_error
@@ -115,7 +114,7 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
         momentum: float = 0.9,
         cold_iterations: int = 10,
         _init_setup_model: bool = True,
-        **kwargs: Unpack[OnPolicyKwargs],
+        **kwargs: Any,
     ) -> None:
         self.normalize_advantage = normalize_advantage
         self.max_kl = max_kl

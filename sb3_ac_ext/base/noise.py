@@ -1,9 +1,10 @@
 """Exploration noise whose standard deviation falls with the number of environment steps."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import numpy as np
+from annotated_types import Ge, Interval
 from stable_baselines3.common.noise import (
     ActionNoise,
     NormalActionNoise,
@@ -11,10 +12,21 @@ from stable_baselines3.common.noise import (
     VectorizedActionNoise,
 )
 
-from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, check_choice, check_mapping, check_number
+from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, NonNegative, check, check_number
 
-PROCESSES = ("normal", "ornstein-uhlenbeck")
 LOWEST_DT = 1e-9
+THETA = 0.15
+"""Of the Ornstein-Uhlenbeck process, SB3's, which grows without bound where a step times this is 2 or more."""
+
+
+class ExplorationNoise(TypedDict):
+    """The argument of this name, see `NoiseSchedule`."""
+
+    type: Literal["normal", "ornstein-uhlenbeck"]
+    start: NonNegative
+    end: NotRequired[NonNegative]
+    steps: NotRequired[Annotated[float, Ge(1)]]
+    dt: NotRequired[Annotated[float, Interval(ge=LOWEST_DT, lt=2 / THETA)]]
 
 
 @dataclass(frozen=True)
@@ -51,20 +63,14 @@ class NoiseSchedule:
         :raises ValueError: if a key is missing or a value is out of range
         """
         name = "exploration_noise"
-        spec = check_mapping(name, spec, required=("type", "start"), optional=("end", "steps", "dt"))
-        check_choice(f"{name}['type']", spec["type"], PROCESSES)
+        check(name, spec, ExplorationNoise)
         if ("end" in spec) != ("steps" in spec):
             raise ArgumentError(
                 f"{name} needs both end and steps for a decay, or neither for a constant std, got {dict(spec)!r}"
             )
         if "dt" in spec and spec["type"] == "normal":
             raise ArgumentError(f"{name}['dt'] belongs to 'ornstein-uhlenbeck', got {dict(spec)!r}")
-        schedule = cls(**{"end": spec["start"], "steps": 1, **spec})
-        check_number(f"{name}['start']", schedule.start, low=0)
-        check_number(f"{name}['end']", schedule.end, low=0)
-        check_number(f"{name}['steps']", schedule.steps, low=1)
-        check_number(f"{name}['dt']", schedule.dt, low=LOWEST_DT)
-        return schedule
+        return cls(**{"end": spec["start"], "steps": 1, **spec})
 
     def std(self, step: int) -> float:
         """
@@ -122,3 +128,8 @@ def check_action_noise(noise: Any, shape: tuple[int, ...]) -> None:
         raise ArgumentError(f"{legal}, got {process!r} ({given})")
     if isinstance(process, OrnsteinUhlenbeckActionNoise):
         check_number("the dt of action_noise", process._dt, low=LOWEST_DT)
+        if process._theta * process._dt >= 2:
+            raise ArgumentError(
+                f"theta times dt of action_noise must be < 2, beyond which the process grows without bound, got {process!r} "
+                f"with dt={process._dt}"
+            )

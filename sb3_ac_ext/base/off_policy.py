@@ -6,7 +6,7 @@ import pathlib
 import string
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch as th
@@ -18,11 +18,12 @@ from stable_baselines3.common.save_util import save_to_pkl
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_ac_ext.base.arguments import check_off_policy_arguments
+from sb3_ac_ext.base.arguments import check_bounded_actions, check_buffer, check_environment, check_episodes_of_one
 from sb3_ac_ext.base.checkpoint import CheckpointMixin, atomic_file, changed_by_load
-from sb3_ac_ext.base.noise import NoiseSchedule, ScaledNoise
+from sb3_ac_ext.base.declarations import OffPolicyArguments
+from sb3_ac_ext.base.noise import ExplorationNoise, NoiseSchedule, ScaledNoise, check_action_noise
+from sb3_ac_ext.base.signatures import arguments_of, check_given
 from sb3_ac_ext.base.training import TrainingMixin
-from sb3_ac_ext.base.typing import constructor_keys
 from sb3_ac_ext.buffers import replay
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.engine import Engine
@@ -53,30 +54,31 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
     are complete only afterwards, keeps its own ones as attributes, and calls `_setup_model` last.
 
     :param args: the SB3 class's, in its order
-    :param max_grad_norm: as in `OffPolicyKwargs`, also where the SB3 class has an argument of this name
-    :param exploration_noise: as there
-    :param warmup: as there
-    :param engine: as there
     :param kwargs: the SB3 class's, by name
     :raises TypeError: for an unknown argument
     :raises UnsupportedError: for spaces that the SB3 class refuses
     """
 
+    declarations = OffPolicyArguments
+
     def __init__(
         self,
         *args: Any,
         max_grad_norm: float | dict[str, float] | None = None,
-        exploration_noise: dict[str, Any] | None = None,
-        warmup: str = "uniform",
+        exploration_noise: ExplorationNoise | None = None,
+        warmup: Literal["uniform", "noise"] = "uniform",
         engine: bool = True,
         **kwargs: Any,
     ) -> None:
-        check_keys(f"{type(self).__name__}()", kwargs, constructor_keys(type(self)) | {"_init_setup_model"})
+        check_keys(f"{type(self).__name__}()", kwargs, arguments_of(type(self)).keys() | {"_init_setup_model"})
+        check_given(type(self), kwargs)
         self._replay_buffer: ReplayBuffer | None = None
         self._sampler: tuple[int, replay.Sampler] | None = None
         self._noise: NoiseSchedule | None = None
-        self._noise_spec: dict[str, Any] | None = None
+        self._noise_spec: ExplorationNoise | None = None
         self._noise_steps = 0
+        if "policy_kwargs" in kwargs:
+            kwargs["policy_kwargs"] = copy.copy(kwargs["policy_kwargs"])  # SB3 writes into it
         with translated_assertions(self):
             super().__init__(*args, **kwargs)
         self.max_grad_norm = max_grad_norm
@@ -99,21 +101,24 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         self._setup_engine()
 
     def _check_arguments(self) -> None:
-        """
-        Called by `_setup_model`, so after `load` too; a subclass adds the checks of its own arguments.
-
-        :raises TypeError: if an argument has the wrong type
-        :raises ValueError: if one is out of range or contradicts another
-        :raises UnsupportedError: if the spaces or a combination of arguments cannot be served
-        """
-        check_off_policy_arguments(self)
+        """See `TrainingMixin._check_arguments`."""
+        check_environment(self)
+        check_bounded_actions(self.action_space)
+        super()._check_arguments()
+        if isinstance(self.train_freq, list):  # as YAML has it; SB3 wants tuples
+            self.train_freq = tuple(self.train_freq)
+        check_episodes_of_one(self)
+        check_buffer(self)
         if self.exploration_noise is None:
             self._noise = None
-        elif self.action_noise is not None and self._noise is None:
-            raise ArgumentError(
-                "exploration_noise and action_noise (noise_type in RL Zoo) exclude each other, got "
-                f"exploration_noise={self.exploration_noise!r} and action_noise={self.action_noise!r}"
-            )
+            if self.action_noise is not None:
+                check_action_noise(self.action_noise, self.action_space.shape or ())
+        else:
+            NoiseSchedule.parse(self.exploration_noise)
+
+    def _argument(self, name: str) -> Any:
+        """See `TrainingMixin._argument`; the process that ``exploration_noise`` makes is no argument."""
+        return None if name == "action_noise" and self._noise is not None else super()._argument(name)
 
     # The buffer is made when training or the user first asks for it: a model loaded to predict needs none.
 

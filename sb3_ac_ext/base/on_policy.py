@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch as th
@@ -18,14 +18,15 @@ from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch.distributions import Normal
 
-from sb3_ac_ext.base.arguments import check_on_policy_arguments, warn_of_endless_episodes
+from sb3_ac_ext.base.arguments import check_choices_from_zero, check_environment, warn_of_endless_episodes
 from sb3_ac_ext.base.checkpoint import CheckpointMixin
+from sb3_ac_ext.base.declarations import OnPolicyArguments
 from sb3_ac_ext.base.environment_checks import check_finite, check_rollout, locate_non_finite
+from sb3_ac_ext.base.signatures import arguments_of, check_given
 from sb3_ac_ext.base.training import TrainingMixin
-from sb3_ac_ext.base.typing import constructor_keys
 from sb3_ac_ext.buffers.rollouts import Samples, copied, fill_estimates, flattened
 from sb3_ac_ext.engine import Engine, Outputs
-from sb3_ac_ext.validation import NonFiniteError, check_keys, translated_assertions
+from sb3_ac_ext.validation import NonFiniteError, UnsupportedError, check_keys, translated_assertions
 
 AUTOMATIC_BUFFERS = (RolloutBuffer, DictRolloutBuffer)
 """What SB3 chooses when no class is given, for arrays and for dicts, and stores in its zips as if it had been."""
@@ -47,6 +48,7 @@ class Evaluation(NamedTuple):
 class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
     """Goes before the SB3 class: ``class PPOX(OnPolicyMixin, PPO)``."""
 
+    declarations = OnPolicyArguments
     rollout_limit: ClassVar[str] = "n_steps"
     """The argument that bounds the steps of each environment in a rollout."""
     policy: ActorCriticPolicy
@@ -59,13 +61,14 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
     def __init__(
         self,
         *args: Any,
-        rollout: str = "steps",
+        rollout: Literal["steps", "episodes"] = "steps",
         rollout_episodes: int = 16,
         drop_unfinished_episodes: bool = False,
         engine: bool = True,
         **kwargs: Any,
     ) -> None:
-        check_keys(f"{type(self).__name__}()", kwargs, constructor_keys(type(self)) | {"_init_setup_model"})
+        check_keys(f"{type(self).__name__}()", kwargs, arguments_of(type(self)).keys() | {"_init_setup_model"})
+        check_given(type(self), kwargs)
         self.rollout = rollout
         self.rollout_episodes = rollout_episodes
         self.drop_unfinished_episodes = drop_unfinished_episodes
@@ -89,12 +92,14 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         self._setup_engine()
 
     def _check_arguments(self) -> None:
-        """
-        :raises TypeError: if an argument has the wrong type
-        :raises ValueError: if one is out of range or contradicts another
-        :raises UnsupportedError: if the spaces or a combination of arguments cannot be served
-        """
-        check_on_policy_arguments(self)
+        """See `TrainingMixin._check_arguments`."""
+        check_environment(self)
+        check_choices_from_zero(self.action_space)
+        super()._check_arguments()
+        if self.rollout == "episodes" and self.rollout_buffer_class not in (None, *AUTOMATIC_BUFFERS):
+            raise UnsupportedError(
+                f"rollout='episodes' fills SB3's own buffers, got rollout_buffer_class={self.rollout_buffer_class}"
+            )
         if self.rollout == "episodes" and self.env is not None:
             self._check_time_limit()
 

@@ -1,11 +1,13 @@
 """Schedules: functions of the remaining progress (1 at the start of training, 0 at its end)."""
 
-import math
-from typing import Any
+from typing import Annotated, Any
 
+from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 
-from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, check_number
+from sb3_ac_ext.validation import LARGEST, ArgumentError, ArgumentTypeError, Syntax, check
+
+LEGAL = 'a number >= 0, a string "lin_x" such as "lin_7e-4", or a function of the remaining progress'
 
 
 def as_schedule(name: str, value: Any) -> FloatSchedule:
@@ -19,7 +21,7 @@ def as_schedule(name: str, value: Any) -> FloatSchedule:
     :raises ArgumentTypeError: if ``value`` is none of these
     :raises ArgumentError: if the string cannot be read, or the rate at the start is negative or not finite
     """
-    legal = f'{name} must be a number >= 0, a string "lin_x" such as "lin_7e-4", or a function of the remaining progress'
+    legal = f"{name} must be {LEGAL}"
     if isinstance(value, str):
         kind, _, initial = value.partition("_")
         try:
@@ -30,11 +32,18 @@ def as_schedule(name: str, value: Any) -> FloatSchedule:
             raise ArgumentError(f"{legal}, got {kind + _ + initial!r}")
     if not callable(value):
         try:
-            check_number(name, value)
+            check(name, value, float)
         except ArgumentTypeError:
             raise ArgumentTypeError(f"{legal}, got {value!r} of type {type(value).__name__}") from None
     schedule = FloatSchedule(value if callable(value) else float(value))
-    rate = schedule(1.0)
-    if not (math.isfinite(rate) and rate >= 0):
+    try:
+        rate = schedule(1.0)
+    except Exception as error:  # of the user's function
+        raise ArgumentTypeError(f"{legal}, got {value!r}, which fails at the start: {error}") from error
+    if not 0 <= rate <= LARGEST[float]:
         raise ArgumentError(f"{legal}, got {value!r} ({rate} at the start)")
     return schedule
+
+
+Rate = Annotated[float | str | Schedule, Syntax(LEGAL, as_schedule)]
+"""A learning rate, or another quantity that may follow the remaining progress."""

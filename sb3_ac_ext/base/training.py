@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -14,9 +14,11 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import FloatSchedule
 from torch import nn
 
+from sb3_ac_ext.base.declarations import CommonArguments
 from sb3_ac_ext.base.schedules import as_schedule
+from sb3_ac_ext.base.signatures import arguments_of, check_arguments, documented
 from sb3_ac_ext.engine import Engine, Network
-from sb3_ac_ext.validation import NonFiniteError, check_mapping, check_number, check_switch
+from sb3_ac_ext.validation import NonFiniteError, check_mapping, check_number
 
 
 class TrainingMixin(BaseAlgorithm):
@@ -27,6 +29,10 @@ class TrainingMixin(BaseAlgorithm):
     but operations on tensors.
     """
 
+    declarations: ClassVar[type] = CommonArguments
+    """What is declared of the arguments that the algorithms of a kind share."""
+    written_doc: ClassVar[str | None]
+    """The docstring as it stands in the module; `documented` makes the one that is shown."""
     engine: bool = True
     max_grad_norm: float | dict[str, float] | None = None
     _engine: Engine
@@ -38,6 +44,25 @@ class TrainingMixin(BaseAlgorithm):
     """What ``lr_schedule`` was made of; it may have been replaced since."""
     _flat_space: tuple[Any, bool] = (None, False)
     """An observation space, and whether it has numbers in one vector."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.written_doc, cls.__doc__ = cls.__doc__, documented(cls)
+
+    def _check_arguments(self) -> None:
+        """
+        Called by `_setup_model`, so after `load` too: the arguments as they are declared, and what a subclass adds to that.
+
+        :raises TypeError: if an argument has the wrong type
+        :raises ValueError: if one is out of range or contradicts another
+        :raises UnsupportedError: if the spaces or a combination of arguments cannot be served
+        """
+        check_arguments(type(self), self._argument)
+
+    def _argument(self, name: str) -> Any:
+        """The value that a constructor's argument has now."""
+        attribute = {"stats_window_size": "_stats_window_size", "policy": "policy_class"}.get(name, name)
+        return getattr(self, attribute, arguments_of(type(self))[name].default)  # a user's class need not keep it
 
     def _networks(self) -> Mapping[str, Network]:
         """The networks that are trained, by their names, as everything is now; see `_network`."""
@@ -87,7 +112,6 @@ class TrainingMixin(BaseAlgorithm):
 
     def _setup_engine(self) -> None:
         """Call at the end of `_setup_model`."""
-        check_switch("engine", self.engine)
         self._make_engine()
         names = list(self._networks())
         if isinstance(self.max_grad_norm, dict):

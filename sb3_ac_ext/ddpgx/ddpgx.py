@@ -11,7 +11,7 @@ DDPG (Lillicrap et al. 2016, "Continuous control with deep reinforcement learnin
 
 import copy
 from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -25,7 +25,6 @@ from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_ac_ext.base.arguments import check_float_actions
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
-from sb3_ac_ext.base.typing import OffPolicyKwargs
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.ddpgx.parameter_noise import ParameterNoise, PerturbedActors, action_distance
 from sb3_ac_ext.ddpgx.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
@@ -111,7 +110,7 @@ class DDPGX(OffPolicyMixin, DDPG):
         critic_learning_rate: float | str | Schedule | None = None,
         critic_weight_decay: float = 0.0,
         parameter_noise: dict[str, Any] | None = None,
-        **kwargs: Unpack[OffPolicyKwargs],
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             *(policy, env, learning_rate, buffer_size, learning_starts, batch_size, tau, gamma, train_freq, gradient_steps),

@@ -18,7 +18,7 @@ import io
 import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -33,7 +33,6 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ac_ext.base.noise import ScaledNoise
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
-from sb3_ac_ext.base.typing import OffPolicyKwargs
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.envs.joint import JointEnv, is_multi_agent
 from sb3_ac_ext.envs.joint_spaces import ALONE, JointBox
@@ -148,7 +147,7 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         target_policy_noise: float = 0.0,
         target_noise_clip: float = 0.5,
         logit_penalty: float = 0.0,
-        **kwargs: Unpack[OffPolicyKwargs],
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             *(policy, env, learning_rate, buffer_size, learning_starts, batch_size, tau, gamma, train_freq, gradient_steps),

@@ -12,7 +12,7 @@ Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347), with clip
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3 import PPO
@@ -21,7 +21,6 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
 from sb3_ac_ext.base.schedules import as_schedule
-from sb3_ac_ext.base.typing import OnPolicyKwargs
 from sb3_ac_ext.buffers.rollouts import Samples, minibatches
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.surrogates import (
@@ -140,7 +139,7 @@ class PPOX(OnPolicyMixin, PPO):
         value_learning_rate: float | str | Schedule | None = None,
         value_stop_mse: float | None = None,
         _init_setup_model: bool = True,
-        **kwargs: Unpack[OnPolicyKwargs],
+        **kwargs: Any,
     ) -> None:
         check_sizes(n_steps, batch_size, normalize_advantage)  # SB3 computes with them first
         super().__init__(

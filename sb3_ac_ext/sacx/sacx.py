@@ -17,7 +17,7 @@ With ``value_network=True`` (Haarnoja et al. 2018, arXiv:1801.01290, Algorithm 1
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, NamedTuple, Self, Unpack
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch as th
@@ -34,7 +34,6 @@ from torch.nn import functional as F
 
 from sb3_ac_ext.base.checkpoint import changed_by_load
 from sb3_ac_ext.base.off_policy import OffPolicyMixin, critic_names
-from sb3_ac_ext.base.typing import OffPolicyKwargs
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.gaussian import squashed_gaussian
@@ -137,7 +136,7 @@ class SACX(OffPolicyMixin, SAC):
         target_update_every: int | None = None,
         value_network: bool = False,
         exact_log_prob: bool = False,
-        **kwargs: Unpack[OffPolicyKwargs],
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             *(policy, env, learning_rate, buffer_size, learning_starts, batch_size, tau, gamma, train_freq, gradient_steps),
