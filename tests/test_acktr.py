@@ -564,12 +564,6 @@ def test_shared_layers_have_no_options_for_the_value_alone(name: str) -> None:
         make(IMAGE, policy="CnnPolicy", policy_kwargs=SMALL_CNN, **{name: 0.1})
 
 
-def test_a_zip_of_a2c_is_refused_with_the_reason(tmp_path: Path) -> None:
-    A2C("MlpPolicy", RandomEnv(BOX, DISCRETE)).save(tmp_path / "a2c")
-    with pytest.raises(ValueError, match=r"policy_kwargs\['optimizer_class'\] must be left out.*RMSprop"):
-        ACKTR.load(tmp_path / "a2c")
-
-
 # Learning
 
 

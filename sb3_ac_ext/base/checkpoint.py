@@ -1,12 +1,15 @@
 """Saving and loading that lets training go on exactly: random states, whole files, SB3's zips, no unknown keys."""
 
 import base64
+import json
 import os
 import pathlib
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from typing import Any, BinaryIO, ClassVar, Self
 
 import numpy as np
@@ -15,7 +18,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import load_from_zip_file, recursive_getattr
+from stable_baselines3.common.save_util import load_from_zip_file, open_path, recursive_getattr
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import nn
 
@@ -24,6 +27,35 @@ from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, UnsupportedE
 
 LIBRARIES = (__name__.partition(".")[0], "stable_baselines3", "sb3_contrib")
 """Whose policies are made for certain algorithms."""
+SIGNS = {
+    "MADDPG": "centralised",
+    "DDPGX": "parameter_noise",
+    "SACX": "exact_log_prob",
+    "PPOX": "surrogate",
+    "TRPOX": "kl_direction",
+    "ACKTR": "inversion",
+    "AC": "actor_trace_lambda",
+    "Reinforce": "use_baseline",
+    "TD3X": "critic_learning_rate",
+    "ARS": "delta_std_schedule",
+    "QRDQN": "sb3_contrib.qrdqn.policies",
+    "DQN": "exploration_fraction",
+    "TQC": "top_quantiles_to_drop_per_net",
+    "CrossQ": "sb3_contrib.crossq.policies",
+    "MaskablePPO": "sb3_contrib.common.maskable.policies",
+    "RecurrentPPO": "sb3_contrib.common.recurrent.policies",
+    "PPO": "n_epochs",
+    "TRPO": "cg_damping",
+    "SAC": "target_entropy",
+    "TD3": "target_noise_clip",
+    "A2C": "normalize_advantage",
+}
+"""
+By what a zip is known that does not name its algorithm (SB3's, and ours of earlier versions): an argument, or the policy's
+module. The first that is there counts.
+"""
+SB3_DDPG = {"policy_delay": 1, "target_noise_clip": 0, "target_policy_noise": 0.1}
+"""By what its zips differ from those of TD3, which it is a case of."""
 
 RandomState = dict[str, Any]
 changed_by_load: ContextVar[frozenset[str]] = ContextVar("changed_by_load", default=frozenset())
@@ -148,27 +180,53 @@ class CheckpointMixin(BaseAlgorithm):
     """
 
     sb3_class: ClassVar[type[BaseAlgorithm]]
-    """The SB3 algorithm whose zips load; its policy classes stand for ours of the same alias."""
+    """
+    The SB3 algorithm whose zips load; its policy classes stand for ours of the same alias. A class that sets it is an
+    algorithm, and loads the zips of its subclasses, and they its own, unless they set it too.
+    """
+    _saver: tuple[str, str]
+    """The class and the algorithm that it is, by name, so that a zip says whose it is."""
     _random_state: RandomState | None = None
     """States of a loaded checkpoint that training has not taken up yet."""
 
     def _check_policy_class(self) -> None:
         """
-        Files do not say whose they are, but their policies do.
-
         :raises ArgumentTypeError: if the policy was made for another algorithm
         """
         cls = type(self)
         ours = [*cls.policy_aliases.values(), *cls.sb3_class.policy_aliases.values()]
         made = next((base for base in self.policy_class.__mro__ if _is_made_for_algorithms(base)), None)
         if made is not None and not any(issubclass(policy, made) for policy in ours):
-            names = ", ".join(sorted(one.__name__ for one in _known_algorithms() if made in one.policy_aliases.values()))
+            names = ", ".join(sorted(one.__name__ for one in _algorithms() if made in one.policy_aliases.values()))
             raise ArgumentTypeError(
-                f"policy must be one for {cls.__name__}, and a file is loaded by the class that saved it: "
-                f"got {made.__module__}.{made.__qualname__}, which is for {names or 'another algorithm'}"
+                f"policy must be one for {cls.__name__}, got {made.__module__}.{made.__qualname__}, "
+                f"which is for {names or 'another algorithm'}"
             )
 
+    @classmethod
+    def _algorithm(cls) -> type[Self]:
+        return next(one for one in cls.__mro__ if "sb3_class" in vars(one))
+
+    @classmethod
+    def _check_saver(cls, path: Any) -> None:
+        """
+        :param path: see `load`
+        :raises ArgumentError: if it is a zip of another algorithm
+        """
+        algorithm, content = cls._algorithm(), _content_of(path)
+        is_ours = algorithm.__module__.partition(".")[0] == LIBRARIES[0]  # those of users may have the same arguments
+        saver, name = content.get("_saver") or (None, _told_by_signs(content) if is_ours else None)
+        if name in (None, algorithm.__name__, algorithm.sb3_class.__name__):
+            return
+        known = [one for one in _algorithms() if name in (one.__name__, getattr(one, "sb3_class", one).__name__)]
+        loaders = [saver] if saver else [one.__name__ for one in known]
+        raise ArgumentError(
+            f"path must be a file of {algorithm.__name__}, got one that {saver or name} saved: "
+            f"load it with {' or '.join(f'{loader}.load()' for loader in loaders)}"
+        )
+
     def _setup_model(self) -> None:
+        self._saver = type(self).__name__, self._algorithm().__name__
         self.policy_class = self._translated_policy_class(self.policy_class)
         super()._setup_model()  # type: ignore[safe-super]
 
@@ -275,9 +333,11 @@ class CheckpointMixin(BaseAlgorithm):
         :param kwargs: arguments of the constructor to change
         :return: the model
         :raises TypeError: if a keyword is no argument of the constructor
+        :raises ArgumentError: for a zip of another algorithm
         """
         load_arguments = {"env", "device", "custom_objects", "print_system_info", "force_reset"}
         check_keys(f"{cls.__name__}.load()", kwargs, (constructor_keys(cls) | load_arguments) - {"policy"})
+        cls._check_saver(path)
         if "stats_window_size" in kwargs:
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
         token = changed_by_load.set(frozenset(kwargs))
@@ -296,8 +356,39 @@ def _is_made_for_algorithms(policy_class: type) -> bool:
     return root in LIBRARIES and room.partition(".")[0] != "networks"
 
 
-def _known_algorithms(cls: type[CheckpointMixin] = CheckpointMixin) -> set[type[BaseAlgorithm]]:
-    found: set[type[BaseAlgorithm]] = set()
-    for one in cls.__subclasses__():
-        found |= {one, getattr(one, "sb3_class", one), *_known_algorithms(one)}
-    return found
+def _algorithms() -> list[type[BaseAlgorithm]]:
+    """Those of `LIBRARIES`, ours first."""
+    found = [one for library in LIBRARIES for one in vars(import_module(library)).values()]
+    return [one for one in found if isinstance(one, type) and issubclass(one, BaseAlgorithm)]
+
+
+def _content_of(path: Any) -> dict[str, Any]:
+    """
+    What a zip has as JSON, with nothing unpickled.
+
+    :param path: file name, or an open binary file, which is left where it was
+    :return: by attribute; nothing if it cannot be read, which SB3 gives the reason of
+    """
+    file = open_path(path, "r", suffix="zip")
+    position = file.tell() if file.seekable() else None
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return dict(json.loads(archive.read("data")))
+    except Exception:
+        return {}
+    finally:
+        if isinstance(path, (str, pathlib.Path)):
+            file.close()
+        elif position is not None:
+            file.seek(position)
+
+
+def _told_by_signs(content: dict[str, Any]) -> str | None:
+    """
+    :param content: of a zip
+    :return: the algorithm of which `SIGNS` are there
+    """
+    policy = content.get("policy_class")
+    there = {*content, policy.get("__module__") if isinstance(policy, dict) else None}
+    found = next((name for name, sign in SIGNS.items() if sign in there), None)
+    return "DDPG" if found == "TD3" and all(content.get(name) == value for name, value in SB3_DDPG.items()) else found
