@@ -301,12 +301,9 @@ def check_keys(owner: str, keys: Iterable[str], allowed: Collection[str], kind: 
     for key in keys:
         if key not in allowed:
             close = get_close_matches(str(key), allowed, n=1, cutoff=0.7)  # not "q_a" for "q_c"
-            hint = (
-                f"; did you mean {close[0]!r}?"
-                if close
-                else f"; legal are {', '.join(sorted(name for name in allowed if name[0] != '_'))}"
-            )
-            raise ArgumentTypeError(f"{owner} got an unexpected {kind} {key!r}{hint}")
+            names = ", ".join(sorted(name for name in allowed if name[0] != "_"))
+            hint = f"did you mean {close[0]!r}?" if close else f"legal are {names}" if names else "there is none"
+            raise ArgumentTypeError(f"{owner} got an unexpected {kind} {key!r}; {hint}")
 
 
 def check_mapping(name: str, value: Any, required: Collection[str], optional: Collection[str] = ()) -> Mapping[str, Any]:
@@ -335,8 +332,11 @@ def translated_assertions(model: Any) -> Iterator[None]:
     except (UnsupportedError, ArgumentError):
         raise
     except AssertionError as error:
-        shown = [f"{name}={getattr(model, name)}" for name in ("observation_space", "action_space") if hasattr(model, name)]
-        raise UnsupportedError(f"{type(model).__name__}: {error}; got {', '.join(shown)}") from error
+        names = ("observation_space", "action_space", "policy_kwargs")
+        given = ", ".join(f"{name}={getattr(model, name)}" for name in names if getattr(model, name, None))
+        raise UnsupportedError(f"{type(model).__name__}: {error}; got {given}") from error
 
 
-def check_switch(name, value): check(name, value, bool)
+def check_switch(name: str, value: Any) -> None:
+    """To be removed."""
+    check(name, value, bool)

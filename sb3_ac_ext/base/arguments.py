@@ -1,6 +1,9 @@
 """Checks of spaces, policies and buffers, and of what goes together, beyond what the arguments' declarations say."""
 
+import os
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -8,7 +11,24 @@ from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.policies import BasePolicy
 
-from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, UnsupportedError
+from sb3_ac_ext.base.signatures import arguments_of, takes_anything
+from sb3_ac_ext.validation import (
+    ArgumentError,
+    ArgumentTypeError,
+    UnsupportedError,
+    check,
+    check_keys,
+    shown,
+    translated_assertions,
+)
+
+PACKAGE = __name__.partition(".")[0]
+POLICY_GETS = frozenset({"observation_space", "action_space", "lr_schedule"})
+BUFFER_GETS = frozenset(
+    {"buffer_size", "observation_space", "action_space", "device", "n_envs", "optimize_memory_usage", "env"}
+)
+ROLLOUTS_GET = BUFFER_GETS | {"gamma", "gae_lambda"}
+"""What an algorithm hands on to a policy or buffer itself."""
 
 
 def check_environment(model: Any) -> None:
@@ -25,9 +45,54 @@ def check_policy_class(model: Any, needed: type[BasePolicy]) -> None:
     :param needed: the policy class that has what its updates need
     :raises TypeError: if the policy is not derived from it
     """
-    given = model._translated_policy_class(model.policy_class)
-    if not issubclass(given, needed):
-        raise ArgumentTypeError(f"policy must be derived from {needed.__module__}.{needed.__qualname__}, got {given}")
+    if not issubclass(model.policy_class, needed):
+        name = f"{needed.__module__}.{needed.__qualname__}"
+        raise ArgumentTypeError(f"policy must be derived from {name}, got {model.policy_class}")
+
+
+def check_kwargs(name: str, kwargs: Mapping[str, Any] | None, cls: type, given: frozenset[str]) -> None:
+    """
+    :param name: the argument that holds them
+    :param kwargs: keyword arguments for another constructor
+    :param cls: whose; what ours declare of their values is checked too
+    :param given: what it gets from the algorithm
+    :raises TypeError: for a key that it does not take, or a value of the wrong type
+    :raises ValueError: if a value is out of range
+    """
+    arguments = arguments_of(cls)
+    if not takes_anything(cls):
+        check_keys(name, kwargs or {}, arguments.keys() - given, kind="key")
+    for key, value in (kwargs or {}).items():
+        if key in arguments and arguments[key].owner.__module__.partition(".")[0] == PACKAGE:
+            check(f"{name}[{key!r}]", value, arguments[key].annotation)
+
+
+def check_batch_fits(model: Any) -> None:
+    """
+    :raises ArgumentError: if a batch of transitions is larger than this machine's memory
+    """
+    numbers = 2 * spaces.flatdim(model.observation_space) + spaces.flatdim(model.action_space)
+    if 4 * numbers * int(model.batch_size) > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise ArgumentError(f"batch_size must be an integer >= 1 whose batch fits into memory, got {model.batch_size}")
+
+
+@contextmanager
+def made_with(what: str, **arguments: Any) -> Iterator[None]:
+    """
+    Name the arguments that something of SB3's is made with where it cannot be made.
+
+    :param what: is made
+    :param arguments: by their names
+    :raises ArgumentError: for whatever error there was, but for ours and for assertions
+    """
+    try:
+        yield
+    except (ArgumentError, AssertionError):
+        raise
+    except Exception as error:
+        given = ", ".join(f"{name}={shown(value)}" for name, value in arguments.items())
+        kind = ArgumentTypeError if isinstance(error, TypeError | AttributeError) else ArgumentError
+        raise kind(f"{what} cannot be made, got {given}: {type(error).__name__}: {error}") from error
 
 
 def warn_of_endless_episodes(model: Any) -> None:

@@ -22,7 +22,7 @@ from stable_baselines3.common.save_util import load_from_zip_file, open_path, re
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import nn
 
-from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.base.signatures import arguments_of
 from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, UnsupportedError, check_keys
 
 LIBRARIES = (__name__.partition(".")[0], "stable_baselines3", "sb3_contrib")
@@ -191,9 +191,12 @@ class CheckpointMixin(BaseAlgorithm):
 
     def _check_policy_class(self) -> None:
         """
+        Take our policy where the class is SB3's.
+
         :raises ArgumentTypeError: if the policy was made for another algorithm
         """
         cls = type(self)
+        self.policy_class = self._translated_policy_class(self.policy_class)
         ours = [*cls.policy_aliases.values(), *cls.sb3_class.policy_aliases.values()]
         made = next((base for base in self.policy_class.__mro__ if _is_made_for_algorithms(base)), None)
         if made is not None and not any(issubclass(policy, made) for policy in ours):
@@ -227,7 +230,6 @@ class CheckpointMixin(BaseAlgorithm):
 
     def _setup_model(self) -> None:
         self._saver = type(self).__name__, self._algorithm().__name__
-        self.policy_class = self._translated_policy_class(self.policy_class)
         super()._setup_model()  # type: ignore[safe-super]
 
     @classmethod
@@ -336,7 +338,7 @@ class CheckpointMixin(BaseAlgorithm):
         :raises ArgumentError: for a zip of another algorithm
         """
         load_arguments = {"env", "device", "custom_objects", "print_system_info", "force_reset"}
-        check_keys(f"{cls.__name__}.load()", kwargs, (constructor_keys(cls) | load_arguments) - {"policy"})
+        check_keys(f"{cls.__name__}.load()", kwargs, (arguments_of(cls).keys() | load_arguments) - {"policy"})
         cls._check_saver(path)
         if "stats_window_size" in kwargs:
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")

@@ -18,7 +18,16 @@ from stable_baselines3.common.save_util import save_to_pkl
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_ac_ext.base.arguments import check_bounded_actions, check_buffer, check_environment, check_episodes_of_one
+from sb3_ac_ext.base.arguments import (
+    BUFFER_GETS,
+    check_batch_fits,
+    check_bounded_actions,
+    check_buffer,
+    check_environment,
+    check_episodes_of_one,
+    check_kwargs,
+    made_with,
+)
 from sb3_ac_ext.base.checkpoint import CheckpointMixin, atomic_file, changed_by_load
 from sb3_ac_ext.base.declarations import OffPolicyArguments
 from sb3_ac_ext.base.noise import ExplorationNoise, NoiseSchedule, ScaledNoise, check_action_noise
@@ -94,9 +103,10 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         # a zip saved with include=["replay_buffer"] puts the buffer beside the property
         buffer = self.__dict__.pop("replay_buffer", self._replay_buffer)
         self._replay_buffer = MADE_ON_DEMAND
-        with translated_assertions(self):
+        with translated_assertions(self), made_with("the policy", policy_kwargs=self.policy_kwargs):
             super()._setup_model()
         self._replay_buffer = buffer
+        check_kwargs("replay_buffer_kwargs", self.replay_buffer_kwargs, self.replay_buffer_class, BUFFER_GETS)
         self._follow_exploration_noise()
         self._setup_engine()
 
@@ -109,6 +119,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
             self.train_freq = tuple(self.train_freq)
         check_episodes_of_one(self)
         check_buffer(self)
+        check_batch_fits(self)
         if self.exploration_noise is None:
             self._noise = None
             if self.action_noise is not None:
@@ -155,15 +166,17 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
                     "HerReplayBuffer asks the environment for rewards: call set_env() or load with env=, got None"
                 )
             kwargs["env"] = self.env
-        return self.replay_buffer_class(
-            self.buffer_size,
-            self.observation_space,
-            self.action_space,
-            device=self.device,
-            n_envs=self.n_envs,
-            optimize_memory_usage=self.optimize_memory_usage,
-            **kwargs,
-        )
+        sizes = {"buffer_size": self.buffer_size, "replay_buffer_kwargs": self.replay_buffer_kwargs}
+        with made_with(f"a {self.replay_buffer_class.__name__}", **sizes):
+            return self.replay_buffer_class(
+                self.buffer_size,
+                self.observation_space,
+                self.action_space,
+                device=self.device,
+                n_envs=self.n_envs,
+                optimize_memory_usage=self.optimize_memory_usage,
+                **kwargs,
+            )
 
     def _sample(self, batch_size: int) -> Transitions:
         """

@@ -18,7 +18,14 @@ from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch.distributions import Normal
 
-from sb3_ac_ext.base.arguments import check_choices_from_zero, check_environment, warn_of_endless_episodes
+from sb3_ac_ext.base.arguments import (
+    ROLLOUTS_GET,
+    check_choices_from_zero,
+    check_environment,
+    check_kwargs,
+    made_with,
+    warn_of_endless_episodes,
+)
 from sb3_ac_ext.base.checkpoint import CheckpointMixin
 from sb3_ac_ext.base.declarations import OnPolicyArguments
 from sb3_ac_ext.base.environment_checks import check_finite, check_rollout, locate_non_finite
@@ -81,9 +88,13 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         self._check_policy_class()
         self._check_arguments()
-        if self.rollout_buffer_class is AUTOMATIC_BUFFERS[isinstance(self.observation_space, spaces.Dict)]:
+        automatic = AUTOMATIC_BUFFERS[isinstance(self.observation_space, spaces.Dict)]
+        if self.rollout_buffer_class is automatic:
             self.rollout_buffer_class = None
-        with translated_assertions(self):
+        check_kwargs("rollout_buffer_kwargs", self.rollout_buffer_kwargs, self.rollout_buffer_class or automatic, ROLLOUTS_GET)
+        names = "n_steps", "rollout_buffer_kwargs", "policy_kwargs"
+        made_of = {name: getattr(self, name) for name in names}
+        with translated_assertions(self), made_with("rollout buffer and policy", **made_of):
             super()._setup_model()
         if isinstance(noise := getattr(self.policy, "action_dist", None), StateDependentNoiseDistribution):
             _detach(noise)

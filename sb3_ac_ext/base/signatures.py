@@ -62,7 +62,11 @@ def arguments_of(cls: type) -> Mapping[str, Argument]:
     meanings = _meanings(cls)
     for owner, parameters in _constructors(cls):
         for name, parameter in parameters.items():
-            own = Any if isinstance(parameter.annotation, str) or parameter.annotation is Parameter.empty else parameter.annotation
+            own = (
+                Any
+                if isinstance(parameter.annotation, str) or parameter.annotation is Parameter.empty
+                else parameter.annotation
+            )
             annotation = shared.get(name, own)
             found.setdefault(name, Argument(name, annotation, parameter.default, meanings.get(name, ""), owner))
     return MappingProxyType(found)

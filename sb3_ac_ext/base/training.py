@@ -14,6 +14,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import FloatSchedule
 from torch import nn
 
+from sb3_ac_ext.base.arguments import POLICY_GETS, check_kwargs
 from sb3_ac_ext.base.declarations import CommonArguments
 from sb3_ac_ext.base.schedules import as_schedule
 from sb3_ac_ext.base.signatures import arguments_of, check_arguments, documented
@@ -58,6 +59,7 @@ class TrainingMixin(BaseAlgorithm):
         :raises UnsupportedError: if the spaces or a combination of arguments cannot be served
         """
         check_arguments(type(self), self._argument)
+        check_kwargs("policy_kwargs", self.policy_kwargs, self.policy_class, POLICY_GETS)
 
     def _argument(self, name: str) -> Any:
         """The value that a constructor's argument has now."""
