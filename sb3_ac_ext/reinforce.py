@@ -9,7 +9,7 @@ REINFORCE with or without a baseline (Williams 1992; Sutton and Barto 2018, sect
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -21,12 +21,13 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
-from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.base.schedules import Rate
+from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.returns import episode_discounts
 from sb3_ac_ext.functional.surrogates import normalized, squared_error
 from sb3_ac_ext.networks.actor_critic import SEPARATE_POLICIES, separate_optimizers
-from sb3_ac_ext.validation import ArgumentError, check_keys, check_number, check_switch
+from sb3_ac_ext.validation import Acts, ArgumentError, Needs, PositiveInt
 
 
 class Episodes(NamedTuple):
@@ -56,19 +57,14 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
     Differences from the book: one update for a batch of episodes, by the mean over their steps and with Adam; gamma^t is left
     out by default, as most programs do.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class
-    :param env: environment or its id
-    :param learning_rate: rate of both networks: a number >= 0, "lin_x" (falls linearly from x to 0), or a schedule
     :param rollout_episodes: episodes in an update, rounded up to a multiple of the number of environments
     :param max_rollout_steps: most steps of each environment in a rollout; what has not ended then is left out, which favours
         short episodes. None for as many as its episodes can have, which needs a time limit
     :param use_baseline: whether there is a baseline b, an estimate of G by the value network
-    :param baseline_learning_rate: rate of the baseline instead
+    :param baseline_learning_rate: rate of the baseline instead of ``learning_rate``
     :param bootstrap_truncated: whether truncated episodes end with the baseline's value of their last observation
     :param gamma_t_weight: whether steps are weighted by gamma^t, as the gradient of the discounted return has it
     :param normalize_advantage: whether A gets mean 0 and standard deviation 1 in an update
-    :param max_grad_norm: bound on the gradient's 2-norm, of each network by itself (a dict names them); None does not clip
-    :param kwargs: `ActingKwargs`
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction, and without any time limit
     :raises UnsupportedError: for spaces that no policy is there for
@@ -85,53 +81,43 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
         learning_rate: float | str | Schedule = 1e-3,
         rollout_episodes: int = 16,
         *,
-        max_rollout_steps: int | None = None,
-        use_baseline: bool = True,
-        baseline_learning_rate: float | str | Schedule | None = None,
-        bootstrap_truncated: bool = False,
-        gamma_t_weight: bool = False,
-        normalize_advantage: bool = False,
+        gamma: float = 0.99,
+        ent_coef: float = 0.0,
         max_grad_norm: float | dict[str, float] | None = None,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        normalize_advantage: bool = False,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        max_rollout_steps: Annotated[PositiveInt | None, Acts.ROLLOUT] = None,
+        use_baseline: bool = True,
+        baseline_learning_rate: Annotated[Rate | None, Needs("use_baseline", True)] = None,
+        bootstrap_truncated: Annotated[bool, Acts.ROLLOUT, Needs("use_baseline", True)] = False,
+        gamma_t_weight: bool = False,
+        engine: bool = True,
         _init_setup_model: bool = True,
-        **kwargs: Any,
     ) -> None:
-        check_keys("Reinforce()", kwargs, constructor_keys(Reinforce))
+        super().__init__(
+            **passed_on(Reinforce, locals()),
+            n_steps=1,  # see _check_time_limit
+            gae_lambda=1.0,  # all rewards to the end of the episode
+            vf_coef=0.0,  # the baseline has its own rate
+            rollout="episodes",
+            drop_unfinished_episodes=True,
+            _init_setup_model=False,
+        )
+        self.normalize_advantage = normalize_advantage
         self.max_rollout_steps = max_rollout_steps
         self.use_baseline = use_baseline
         self.baseline_learning_rate = baseline_learning_rate
         self.bootstrap_truncated = bootstrap_truncated
         self.gamma_t_weight = gamma_t_weight
-        self.normalize_advantage = normalize_advantage
-        super().__init__(
-            policy,
-            env,
-            learning_rate,  # type: ignore[arg-type]  # a string too
-            1,  # n_steps, see _check_time_limit
-            kwargs.pop("gamma", 0.99),
-            1.0,  # gae_lambda: all rewards to the end of the episode
-            kwargs.pop("ent_coef", 0.0),
-            0.0,  # vf_coef: the baseline has its own rate
-            max_grad_norm,
-            kwargs.pop("use_sde", False),
-            kwargs.pop("sde_sample_freq", -1),
-            rollout="episodes",
-            rollout_episodes=rollout_episodes,
-            drop_unfinished_episodes=True,
-            _init_setup_model=False,
-            **kwargs,
-        )
         if _init_setup_model:
             self._setup_model()
-
-    def _check_arguments(self) -> None:
-        for name in ("use_baseline", "bootstrap_truncated", "gamma_t_weight", "normalize_advantage"):
-            check_switch(name, getattr(self, name))
-        for name, unset in {"bootstrap_truncated": False, "baseline_learning_rate": None}.items():
-            if getattr(self, name) is not unset and not self.use_baseline:
-                raise ArgumentError(f"{name} needs use_baseline=True, got {getattr(self, name)!r} without it")
-        if self.max_rollout_steps is not None:
-            check_number("max_rollout_steps", self.max_rollout_steps, low=1, integer=True)
-        super()._check_arguments()
 
     @property
     def _share(self) -> int:

@@ -14,7 +14,7 @@ Actor-critic that learns from every step as it is taken (Sutton and Barto 2018, 
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch as th
@@ -29,10 +29,11 @@ from sb3_ac_ext.ac.step import Step, replaced
 from sb3_ac_ext.ac.traces import Traces, along, follow, traces_of
 from sb3_ac_ext.base.on_policy import truncated
 from sb3_ac_ext.base.online import ROLLOUT, OnlineMixin
-from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.base.schedules import Rate
+from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.networks.actor_critic import SEPARATE_POLICIES, separate_optimizers
-from sb3_ac_ext.validation import check_keys
+from sb3_ac_ext.validation import Acts, Needs, NonNegative, UnitInterval
 
 
 class AC(OnlineMixin, OnPolicyAlgorithm):
@@ -50,19 +51,14 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
     I is left out. From Silver et al.: mu is squashed to the actions' range, actor and critic are any networks, and actions may
     have noise, which the critic then learns the value of.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class
-    :param env: environment or its id
-    :param learning_rate: rate of actor and critic: a number >= 0, "lin_x" (falls linearly from x to 0), or a schedule
-    :param actor_learning_rate: rate of the actor instead
-    :param critic_learning_rate: rate of the critic instead
+    :param actor_learning_rate: rate of the actor instead of ``learning_rate``
+    :param critic_learning_rate: rate of the critic instead of ``learning_rate``
     :param critic: "v", V(s) whose error is the actor's advantage; "q", Q(s, a) learned by Sarsa
-    :param deterministic_policy: whether the actor is mu(s), which needs a Box of actions and critic "q"
+    :param deterministic_policy: whether the actor is mu(s), which needs a Box of actions
     :param exploration_std: std of what is then added to mu(s) in training, in actions scaled to [-1, 1]
     :param gamma_t_weight: whether the actor's steps are weighted by I, as the gradient of the discounted return has it
-    :param actor_trace_lambda: lambda of the actor's eligibility traces, in [0, 1], with critic "v"; 0 for none
+    :param actor_trace_lambda: lambda of the actor's eligibility traces; 0 for none
     :param critic_trace_lambda: lambda of the critic's
-    :param max_grad_norm: bound on the gradient's 2-norm, of each network by itself (a dict names them); None does not clip
-    :param kwargs: `ActingKwargs`
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for a deterministic policy without a Box of actions with finite bounds
@@ -78,19 +74,35 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
         env: GymEnv | str,
         learning_rate: float | str | Schedule = 7e-4,
         *,
-        actor_learning_rate: float | str | Schedule | None = None,
-        critic_learning_rate: float | str | Schedule | None = None,
-        critic: str = "v",
-        deterministic_policy: bool = False,
-        exploration_std: float = 0.0,
-        gamma_t_weight: bool = False,
-        actor_trace_lambda: float = 0.0,
-        critic_trace_lambda: float = 0.0,
+        gamma: float = 0.99,
+        ent_coef: float = 0.0,
         max_grad_norm: float | dict[str, float] | None = None,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        actor_learning_rate: Rate | None = None,
+        critic_learning_rate: Rate | None = None,
+        critic: Annotated[Literal["v", "q"], Acts.NEVER] = "v",
+        deterministic_policy: Annotated[bool, Acts.NEVER, Needs("critic", "q")] = False,
+        exploration_std: Annotated[NonNegative, Acts.STEP, Needs("deterministic_policy", True)] = 0.0,
+        gamma_t_weight: bool = False,
+        actor_trace_lambda: Annotated[UnitInterval, Needs("critic", "v")] = 0.0,
+        critic_trace_lambda: Annotated[UnitInterval, Needs("deterministic_policy", False)] = 0.0,
+        engine: bool = True,
         _init_setup_model: bool = True,
-        **kwargs: Any,
     ) -> None:
-        check_keys("AC()", kwargs, constructor_keys(AC))
+        super().__init__(
+            **passed_on(AC, locals()),
+            n_steps=ROLLOUT,
+            gae_lambda=0.0,  # one step
+            vf_coef=0.5,  # the critic's update is the error times the gradient
+            _init_setup_model=False,
+        )
         self.actor_learning_rate = actor_learning_rate
         self.critic_learning_rate = critic_learning_rate
         self.critic = critic
@@ -99,21 +111,6 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
         self.gamma_t_weight = gamma_t_weight
         self.actor_trace_lambda = actor_trace_lambda
         self.critic_trace_lambda = critic_trace_lambda
-        super().__init__(
-            policy,
-            env,
-            learning_rate,  # type: ignore[arg-type]  # a string too
-            ROLLOUT,
-            kwargs.pop("gamma", 0.99),
-            0.0,  # gae_lambda: one step
-            kwargs.pop("ent_coef", 0.0),
-            0.5,  # vf_coef: the critic's update is the error times the gradient
-            max_grad_norm,
-            kwargs.pop("use_sde", False),
-            kwargs.pop("sde_sample_freq", -1),
-            _init_setup_model=False,
-            **kwargs,
-        )
         if _init_setup_model:
             self._setup_model()
 

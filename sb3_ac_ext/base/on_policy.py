@@ -74,7 +74,8 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         engine: bool = True,
         **kwargs: Any,
     ) -> None:
-        check_keys(f"{type(self).__name__}()", kwargs, arguments_of(type(self)).keys() | {"_init_setup_model"})
+        known = {*arguments_of(type(self)), *arguments_of(self.sb3_class), "_init_setup_model"}  # some are fixed by a class
+        check_keys(f"{type(self).__name__}()", kwargs, known)
         check_given(type(self), kwargs)
         self.rollout = rollout
         self.rollout_episodes = rollout_episodes
