@@ -106,38 +106,43 @@ def check(name: str, value: Any, annotation: Any) -> None:
     """
     :param name: the argument's name
     :param value: what was given
-    :param annotation: a type, union, ``Literal``, ``dict[str, ...]``, ``TypedDict``, or one of these ``Annotated`` with its range
-        or its `Syntax`
+    :param annotation: a type, union, ``Literal``, ``dict[str, ...]``, ``TypedDict``, or one of these ``Annotated`` with its
+        range or its `Syntax`
     :raises ArgumentTypeError: if ``value`` is of no type that is declared
     :raises ArgumentError: if it is out of the range of its type
     """
-    error: type[ArgumentError] = ArgumentTypeError
-    note = ""
+    found: type[ArgumentError] = ArgumentTypeError
     for kind, constraints in alternatives(annotation):
-        if (syntax := syntax_in(constraints)) is not None:
-            syntax.check(name, value)
+        error = _error(name, value, kind, constraints)
+        if error is None:
             return
-        if kind is int or kind is float:
-            number = _number(value, kind)
-            if number is None:
-                continue
-            if abs(number) <= LARGEST[kind] and all(_holds(number, one) for one in constraints):
-                return
-            error = ArgumentError
-            note = f" (and at most {LARGEST[kind]:.3g})" if LARGEST[kind] < abs(number) else note
-        elif get_origin(kind) is Literal:
-            error = ArgumentError
-            if isinstance(value, tuple(map(type, get_args(kind)))) and value in get_args(kind):
-                return
-        elif _is_a(value, kind):
-            if get_origin(kind) is dict:
-                for key, part in value.items():
-                    check(f"{name}[{key!r}]", part, get_args(kind)[1])
-            elif is_typeddict(kind):
-                _check_typed_dict(name, value, kind)
-            return
-    of_type = f" of type {type(value).__name__}" if error is ArgumentTypeError else ""
-    raise error(f"{name} must be {legal(annotation)}{note}, got {shown(value)}{of_type}")
+        found = ArgumentError if error is ArgumentError else found
+    of_type = f" of type {type(value).__name__}" if found is ArgumentTypeError else ""
+    raise found(f"{name} must be {legal(annotation)}{_largest_in_words(value, annotation)}, got {shown(value)}{of_type}")
+
+
+def _error(name: str, value: Any, kind: Any, constraints: tuple[Any, ...]) -> type[ArgumentError] | None:
+    """What is wrong with a value that should be of a certain kind; None if it is legal."""
+    if (syntax := syntax_in(constraints)) is not None:
+        syntax.check(name, value)
+        return None
+    if kind is int or kind is float:
+        number = _number(value, kind)
+        if number is None:
+            return ArgumentTypeError
+        within = abs(number) <= LARGEST[kind] and all(_holds(number, one) for one in constraints)
+        return None if within else ArgumentError
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return None if isinstance(value, tuple(map(type, choices))) and value in choices else ArgumentError
+    if not _is_a(value, kind):
+        return ArgumentTypeError
+    if get_origin(kind) is dict:
+        for key, part in value.items():
+            check(f"{name}[{key!r}]", part, get_args(kind)[1])
+    elif is_typeddict(kind):
+        _check_typed_dict(name, value, kind)
+    return None
 
 
 def shown(value: Any) -> str:
@@ -165,7 +170,8 @@ def alternatives(annotation: Any) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
     :param annotation: as for `check`
     :return: what a union is made of, each with all that stands behind it in ``Annotated``
     """
-    kind, constraints = annotation, ()
+    kind: Any = annotation
+    constraints: tuple[Any, ...] = ()
     if get_origin(annotation) is Annotated:
         kind, *behind = get_args(annotation)
         constraints = tuple(part for one in behind for part in (one if isinstance(one, GroupedMetadata) else [one]))
@@ -237,6 +243,15 @@ def _in_words(kind: Any, constraints: tuple[Any, ...]) -> str:
     plain = get_origin(kind) or kind
     name = getattr(plain, "__name__", str(plain))
     return names.get(plain, f"{'an' if name[0] in 'AEIOU' else 'a'} {name}")
+
+
+def _largest_in_words(value: Any, annotation: Any) -> str:
+    """What is to be said where a number is legal but for its size."""
+    for kind, constraints in alternatives(annotation):
+        number = _number(value, kind) if kind in LARGEST else None
+        if number is not None and LARGEST[kind] < abs(number) and all(_holds(number, one) for one in constraints):
+            return f" (and at most {LARGEST[kind]:.3g})"
+    return ""
 
 
 def _range_in_words(constraints: tuple[Any, ...], kind: Any) -> str:

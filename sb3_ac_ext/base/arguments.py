@@ -19,7 +19,6 @@ from sb3_ac_ext.validation import (
     check,
     check_keys,
     shown,
-    translated_assertions,
 )
 
 PACKAGE = __name__.partition(".")[0]

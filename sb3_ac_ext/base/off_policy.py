@@ -31,12 +31,12 @@ from sb3_ac_ext.base.arguments import (
 from sb3_ac_ext.base.checkpoint import CheckpointMixin, atomic_file, changed_by_load
 from sb3_ac_ext.base.declarations import OffPolicyArguments
 from sb3_ac_ext.base.noise import ExplorationNoise, NoiseSchedule, ScaledNoise, check_action_noise
-from sb3_ac_ext.base.signatures import arguments_of, check_given
+from sb3_ac_ext.base.signatures import check_given
 from sb3_ac_ext.base.training import TrainingMixin
 from sb3_ac_ext.buffers import replay
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.engine import Engine
-from sb3_ac_ext.validation import ArgumentError, check_keys, translated_assertions
+from sb3_ac_ext.validation import ArgumentError, translated_assertions
 
 AUTOMATIC_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 """What SB3 chooses when no class is given, and stores in its zips as if it had been."""
@@ -79,7 +79,6 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         engine: bool = True,
         **kwargs: Any,
     ) -> None:
-        check_keys(f"{type(self).__name__}()", kwargs, arguments_of(type(self)).keys() | {"_init_setup_model"})
         check_given(type(self), kwargs)
         self._replay_buffer: ReplayBuffer | None = None
         self._sampler: tuple[int, replay.Sampler] | None = None
@@ -106,6 +105,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         with translated_assertions(self), made_with("the policy", policy_kwargs=self.policy_kwargs):
             super()._setup_model()
         self._replay_buffer = buffer
+        assert self.replay_buffer_class is not None
         check_kwargs("replay_buffer_kwargs", self.replay_buffer_kwargs, self.replay_buffer_class, BUFFER_GETS)
         self._follow_exploration_noise()
         self._setup_engine()

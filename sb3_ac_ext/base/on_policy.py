@@ -29,11 +29,11 @@ from sb3_ac_ext.base.arguments import (
 from sb3_ac_ext.base.checkpoint import CheckpointMixin
 from sb3_ac_ext.base.declarations import OnPolicyArguments
 from sb3_ac_ext.base.environment_checks import check_finite, check_rollout, locate_non_finite
-from sb3_ac_ext.base.signatures import arguments_of, check_given
+from sb3_ac_ext.base.signatures import check_given
 from sb3_ac_ext.base.training import TrainingMixin
 from sb3_ac_ext.buffers.rollouts import Samples, copied, fill_estimates, flattened
 from sb3_ac_ext.engine import Engine, Outputs
-from sb3_ac_ext.validation import NonFiniteError, UnsupportedError, check_keys, translated_assertions
+from sb3_ac_ext.validation import NonFiniteError, UnsupportedError, translated_assertions
 
 AUTOMATIC_BUFFERS = (RolloutBuffer, DictRolloutBuffer)
 """What SB3 chooses when no class is given, for arrays and for dicts, and stores in its zips as if it had been."""
@@ -74,8 +74,6 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         engine: bool = True,
         **kwargs: Any,
     ) -> None:
-        known = {*arguments_of(type(self)), *arguments_of(self.sb3_class), "_init_setup_model"}  # some are fixed by a class
-        check_keys(f"{type(self).__name__}()", kwargs, known)
         check_given(type(self), kwargs)
         self.rollout = rollout
         self.rollout_episodes = rollout_episodes

@@ -125,7 +125,7 @@ def check_arguments(cls: type, value_of: Callable[[str], Any]) -> None:
 def documented(cls: type) -> str | None:
     """
     :param cls: an algorithm
-    :return: its docstring, with a ``:param`` line for everything that it takes, in the order of the signature, and what is legal
+    :return: its docstring, with a ``:param`` line for everything that it takes, in the signature's order, and what is legal
     """
     doc = cls.__doc__
     if not doc or "__init__" not in vars(cls):

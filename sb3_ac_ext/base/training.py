@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch as th
@@ -19,7 +19,7 @@ from sb3_ac_ext.base.declarations import CommonArguments
 from sb3_ac_ext.base.schedules import as_schedule
 from sb3_ac_ext.base.signatures import arguments_of, check_arguments, documented
 from sb3_ac_ext.engine import Engine, Network
-from sb3_ac_ext.validation import NonFiniteError, check_mapping, check_number
+from sb3_ac_ext.validation import NonFiniteError, check_keys, check_mapping, check_number
 
 
 class TrainingMixin(BaseAlgorithm):
@@ -45,6 +45,10 @@ class TrainingMixin(BaseAlgorithm):
     """What ``lr_schedule`` was made of; it may have been replaced since."""
     _flat_space: tuple[Any, bool] = (None, False)
     """An observation space, and whether it has numbers in one vector."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        check_keys(f"{cls.__name__}()", kwargs, arguments_of(cls).keys() | {"_init_setup_model"})
+        return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
