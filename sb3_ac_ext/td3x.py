@@ -36,7 +36,12 @@ from sb3_ac_ext.validation import NonNegative, PositiveInt
 
 
 class MlpPolicy(CriticPolicy, TD3Policy):
-    """SB3's TD3 policy; the critic's streams can be normalised, see `CriticPolicy`."""
+    """
+    SB3's TD3 policy; the critic's streams can be normalised, see `CriticPolicy`.
+
+    :param n_critics: streams of the critic, with one optimizer for all; targets are their smallest value, and the actor ascends
+        the first
+    """
 
 
 class CnnPolicy(ForImages, MlpPolicy):
@@ -58,7 +63,7 @@ class TD3X(OffPolicyMixin, TD3):
 
     :param actor_learning_rate: rate of the actor instead of ``learning_rate``
     :param critic_learning_rate: rate of the critic instead of ``learning_rate``
-    :param policy_delay: critic updates per update of actor and targets
+    :param policy_delay: critic updates per update of actor and targets, counted over the whole training
     :param target_policy_noise: sigma, std of the smoothing noise in the scaled action space
     :param target_noise_clip: c, its largest absolute value
     :raises TypeError: for an unknown argument or one of the wrong type

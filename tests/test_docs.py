@@ -16,7 +16,7 @@ from stable_baselines3.common.utils import polyak_update
 from subjects import numbers
 from torch.nn import functional as F
 
-from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.base.signatures import arguments_of
 from sb3_ac_ext.zoo.registry import AlgoSpec
 from sb3_ac_ext.zoo.samplers import off_policy
 
@@ -158,7 +158,7 @@ def test_wrong_arguments_of_the_example_are_refused() -> None:
 def test_the_examples_row_serves_the_zoo() -> None:
     assert ROW.name == "td3bc"
     arguments = yaml.safe_load(block("hyperparameters"))["default"]
-    assert arguments.keys() - {"n_timesteps", "noise_type", "noise_std"} <= constructor_keys(TD3BC)
+    assert arguments.keys() - {"n_timesteps", "noise_type", "noise_std"} <= arguments_of(TD3BC).keys()
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(20):
         trial = study.ask()

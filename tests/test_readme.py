@@ -1,12 +1,12 @@
-"""The README's table and code are those of the package."""
+"""The README's table and code, and the tables of docs/arguments.md, are those of the package."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.base.signatures import arguments_of
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
 CHECKOUT = Path(__file__).parent.parent
@@ -20,17 +20,13 @@ def test_table_of_algorithms_is_the_registry() -> None:
     assert rows == [(spec.name, spec.cls.__name__, spec.cls.sb3_class.__name__) for spec in ALGORITHMS]  # type: ignore[attr-defined]
 
 
-def documented(heading: str) -> set[str]:
-    """The arguments in the table under a heading."""
-    table = ARGUMENTS.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return {name for row in re.findall(r"^\|(.*?)\|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+def test_tables_of_arguments_are_the_declarations() -> None:
+    rewritten = runpy.run_path(str(CHECKOUT / "docs" / "make_arguments.py"))["rewritten"]
+    assert rewritten(ARGUMENTS) == ARGUMENTS, "docs/arguments.md is stale: run `python docs/make_arguments.py`"
 
 
-def test_arguments_beyond_sb3_are_documented(spec: AlgoSpec) -> None:
-    own = constructor_keys(spec.cls) - constructor_keys(spec.cls.sb3_class)  # type: ignore[attr-defined]
-    kind = "off" if issubclass(spec.cls, OffPolicyAlgorithm) else "on"
-    shared = documented("Arguments of every algorithm") | documented(f"Arguments of every {kind}-policy algorithm")
-    assert documented(f"`{spec.name}`") == own - shared
+def test_every_argument_is_explained(spec: AlgoSpec) -> None:
+    assert [name for name, argument in arguments_of(spec.cls).items() if not argument.meaning] == []
 
 
 @pytest.mark.parametrize(

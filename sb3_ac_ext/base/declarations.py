@@ -1,4 +1,4 @@
-"""The arguments that algorithms share, each declared once, here; the constructors name them in SB3's order with SB3's defaults."""
+"""The arguments that algorithms share, declared once; the constructors name them in SB3's order, with SB3's defaults."""
 
 import os
 from typing import Annotated, Any, Literal
@@ -64,28 +64,29 @@ class CommonArguments:
     What every algorithm takes.
 
     :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class
-    :param env: environment or its id
-    :param learning_rate: rate of all that has no rate of its own; "lin_x" falls linearly from x to 0
+    :param env: environment or its id; off-policy algorithms act in a Box with finite bounds
+    :param learning_rate: rate of all that has no rate of its own; "lin_x" falls linearly from x to 0 in a `learn()`
     :param gamma: discount factor
-    :param max_grad_norm: bound on the 2-norm of each network's gradient; a dict bounds some networks only, None none
-    :param policy_kwargs: arguments of the policy
+    :param max_grad_norm: bound on the 2-norm of each network's gradient; a dict such as ``{"critic": 1.0}`` bounds some networks
+        only, None none
+    :param policy_kwargs: arguments of the policy, such as ``{"net_arch": [64, 64]}``
     :param stats_window_size: episodes over which the logged return and length are averaged
     :param tensorboard_log: folder of the TensorBoard logs; None for none
     :param verbose: 0 no output, 1 info, 2 debug
     :param seed: of every random generator; None leaves them alone
     :param device: where the networks live; "auto" takes CUDA where there is some
-    :param engine: whether updates and actions are recorded once and replayed (`engine_report()` says which, and why not the
-        others); the mathematics is the same
+    :param engine: whether updates and actions are recorded once and replayed, with the same mathematics (`engine_report()` says
+        which, and why not the others); False runs all of them from Python, as SB3 does
     """
 
-    policy: str | type[BasePolicy]
+    policy: Annotated[str | type[BasePolicy], Acts.NEVER]
     env: Any
     learning_rate: Rate
     gamma: UnitInterval
     max_grad_norm: GradientBound
     policy_kwargs: Annotated[dict[str, Any] | None, Acts.NEVER]
     stats_window_size: Annotated[PositiveInt, Acts.NEVER]
-    tensorboard_log: Annotated[str | os.PathLike | None, Acts.LEARN]
+    tensorboard_log: Annotated[str | os.PathLike[str] | None, Acts.LEARN]
     verbose: Annotated[int, Ge(0), Acts.LEARN]
     seed: Annotated[Annotated[int, Interval(ge=0, le=2**32 - 1)] | None, Acts.NEVER]
     device: Device
@@ -96,24 +97,24 @@ class OffPolicyArguments(CommonArguments):
     """
     What every off-policy algorithm takes.
 
-    :param env: environment or its id, with a Box action space of finite bounds
     :param buffer_size: transitions that the replay buffer holds
-    :param learning_starts: environment steps before the first update
+    :param learning_starts: environment steps before the first update, of all environments together
     :param batch_size: transitions per update
     :param tau: share of the online network that a target network takes over per target update
     :param train_freq: environment steps (of each environment) between updates, or ``(n, "episode")``
-    :param gradient_steps: updates each time; -1 for as many as steps were taken
+    :param gradient_steps: updates each time; -1 for as many as steps were taken in all environments
     :param action_noise: exploration noise of SB3, in the action space scaled to [-1, 1]
     :param replay_buffer_class: class of the replay buffer; None chooses by observation space and ``n_steps``
     :param replay_buffer_kwargs: its arguments
     :param optimize_memory_usage: whether each observation is stored once; needs
         ``replay_buffer_kwargs={"handle_timeout_termination": False}``
-    :param n_steps: rewards summed before bootstrapping
-    :param exploration_noise: noise that decays: ``{"type": "normal", "start": 0.5, "end": 0.1, "steps": 200000}``, a std that falls
-        linearly with environment steps; ``"ornstein-uhlenbeck"`` takes ``dt`` too, see `sb3_ac_ext.base.noise.NoiseSchedule`.
-        In the action space scaled to [-1, 1], as ``action_noise``, whose place it takes
-    :param warmup: until ``learning_starts``: "uniform" draws uniform actions, "noise" the policy's with exploration noise of std
-        1
+    :param n_steps: rewards summed before bootstrapping; more than 1 not with Dict observations or ``optimize_memory_usage``
+    :param exploration_noise: noise in the place of ``action_noise``, in the action space scaled to [-1, 1] too:
+        ``{"type": "normal", "start": 0.5, "end": 0.1, "steps": 200000}``, whose std falls linearly with environment steps; without
+        ``end`` and ``steps`` it stays. "ornstein-uhlenbeck" takes ``dt``: with 1 a step is a unit of the process's time, with
+        0.01 (SB3's) it wanders a hundred times more slowly with almost the same std
+    :param warmup: until ``learning_starts``: "uniform" draws uniform actions, "noise" the policy's with exploration noise of
+        std 1
     """
 
     buffer_size: Annotated[PositiveInt, Acts.NEVER]
@@ -143,11 +144,11 @@ class OnPolicyArguments(CommonArguments):
     :param sde_sample_freq: steps after which gSDE draws new noise; -1 at the start of a rollout only
     :param rollout_buffer_class: class of the rollout buffer; None chooses by observation space
     :param rollout_buffer_kwargs: its arguments
-    :param rollout: "steps" collects ``n_steps`` of each environment, "episodes" until ``rollout_episodes`` have ended, in at most
-        ``n_steps`` steps of each environment
+    :param rollout: "steps" collects ``n_steps`` of each environment, "episodes" until ``rollout_episodes`` have ended, in
+        at most ``n_steps`` steps of each environment
     :param rollout_episodes: how many have to end, in all environments together
-    :param drop_unfinished_episodes: whether to forget the episodes that are under way then, and reset, which favours short ones;
-        otherwise they are bootstrapped, and go on in the next rollout
+    :param drop_unfinished_episodes: whether to forget the episodes that are under way then, and reset, which favours short
+        ones; otherwise they are bootstrapped, and go on in the next rollout
     """
 
     n_steps: Annotated[PositiveInt, Acts.ROLLOUT]
