@@ -11,7 +11,7 @@ DDPG (Lillicrap et al. 2016, "Continuous control with deep reinforcement learnin
 
 import copy
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch as th
@@ -24,13 +24,16 @@ from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_ac_ext.base.arguments import check_float_actions
+from sb3_ac_ext.base.noise import ExplorationNoise
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
+from sb3_ac_ext.base.schedules import Rate
+from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.buffers.replay import Transitions
-from sb3_ac_ext.ddpgx.parameter_noise import ParameterNoise, PerturbedActors, action_distance
+from sb3_ac_ext.ddpgx.parameter_noise import ParameterNoise, ParameterNoiseOptions, PerturbedActors, action_distance
 from sb3_ac_ext.ddpgx.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.losses import squared_error, td_errors, td_target
-from sb3_ac_ext.validation import ArgumentError, check_number
+from sb3_ac_ext.validation import Acts, ArgumentError, NonNegative
 
 
 class DDPGX(OffPolicyMixin, DDPG):
@@ -53,15 +56,11 @@ class DDPGX(OffPolicyMixin, DDPG):
     ``train/parameter_noise_std`` and ``train/parameter_noise_distance``, sigma and d of
     `sb3_ac_ext.ddpgx.parameter_noise.ParameterNoise`.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class
-    :param env: environment or its id, with a Box action space of finite bounds
-    :param learning_rate: rate of both networks: a number >= 0, "lin_x" (falls linearly from x to 0), or a schedule
-    :param actor_learning_rate: rate of the actor instead
-    :param critic_learning_rate: rate of the critic instead
-    :param critic_weight_decay: L2 decay of the critic's weights (not its biases), as Adam's ``weight_decay``, >= 0
+    :param actor_learning_rate: rate of the actor instead of ``learning_rate``
+    :param critic_learning_rate: rate of the critic instead of ``learning_rate``
+    :param critic_weight_decay: L2 decay of the critic's weights (not its biases), as Adam's ``weight_decay``
     :param parameter_noise: noise on the actor's parameters, a perturbed actor for each environment, drawn at the start of
         its episodes; action noise comes on top. See `sb3_ac_ext.ddpgx.parameter_noise.ParameterNoise`
-    :param kwargs: `OffPolicyKwargs`; the other arguments are SB3's, see `OffPolicyArguments`
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for spaces that DDPG cannot take
@@ -75,7 +74,7 @@ class DDPGX(OffPolicyMixin, DDPG):
     }
     policy: MlpPolicy
     _parameter_noise: ParameterNoise | None
-    _parameter_noise_spec: dict[str, Any] | None
+    _parameter_noise_spec: ParameterNoiseOptions | None
     """The argument as it was when the noise was started."""
     _parameter_noise_std: float | None = None
     """Sigma as it has been adapted, saved with the model."""
@@ -106,22 +105,16 @@ class DDPGX(OffPolicyMixin, DDPG):
         _init_setup_model: bool = True,
         *,
         stats_window_size: int = 100,
-        actor_learning_rate: float | str | Schedule | None = None,
-        critic_learning_rate: float | str | Schedule | None = None,
-        critic_weight_decay: float = 0.0,
-        parameter_noise: dict[str, Any] | None = None,
-        **kwargs: Any,
+        actor_learning_rate: Rate | None = None,
+        critic_learning_rate: Rate | None = None,
+        critic_weight_decay: NonNegative = 0.0,
+        parameter_noise: Annotated[ParameterNoiseOptions | None, Acts.STEP] = None,
+        max_grad_norm: float | dict[str, float] | None = None,
+        exploration_noise: ExplorationNoise | None = None,
+        warmup: Literal["uniform", "noise"] = "uniform",
+        engine: bool = True,
     ) -> None:
-        super().__init__(
-            *(policy, env, learning_rate, buffer_size, learning_starts, batch_size, tau, gamma, train_freq, gradient_steps),
-            *(action_noise, replay_buffer_class, replay_buffer_kwargs, optimize_memory_usage, n_steps, tensorboard_log),
-            policy_kwargs={**(policy_kwargs or {})},  # SB3's DDPG writes into it
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=False,
-            **kwargs,
-        )
+        super().__init__(**passed_on(DDPGX, locals()), _init_setup_model=False)
         self._stats_window_size = stats_window_size  # SB3's DDPG does not pass it on
         self.actor_learning_rate = actor_learning_rate
         self.critic_learning_rate = critic_learning_rate
@@ -151,9 +144,6 @@ class DDPGX(OffPolicyMixin, DDPG):
                 "DDPG has policy_delay=1 and target_noise_clip=0, TD3X loads files of TD3: got "
                 f"policy_delay={self.policy_delay}, target_noise_clip={self.target_noise_clip}"
             )
-        check_number("critic_weight_decay", self.critic_weight_decay, low=0)
-        if self.parameter_noise is not None:
-            ParameterNoise.parse(self.parameter_noise)
         if self.policy_kwargs.get("batch_norm") and self.batch_size == 1:
             raise ArgumentError("batch_size must be an integer >= 2 with batch_norm=True, got 1")
 

@@ -2,17 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 import torch as th
+from annotated_types import Ge
 from torch import nn
 from torch.func import functional_call
 
-from sb3_ac_ext.validation import check_mapping, check_number
+from sb3_ac_ext.validation import PositiveInt, check
 
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 """Layers whose parameters stay as they are, as in the authors' program."""
+
+
+class ParameterNoiseOptions(TypedDict):
+    """The argument ``parameter_noise``, see `ParameterNoise`."""
+
+    std: Annotated[float, Ge(1e-9)]
+    distance: Annotated[float, Ge(1e-9)]
+    coefficient: NotRequired[Annotated[float, Ge(1 + 1e-9)]]
+    interval: NotRequired[PositiveInt]
 
 
 @dataclass(frozen=True)
@@ -24,10 +34,10 @@ class ParameterNoise:
         d = sqrt(mean (mu(s) - mu~(s))^2)                     (over a batch from the replay buffer; section 3)
         sigma <- sigma / coefficient if d > distance else sigma * coefficient
 
-    :param std: sigma at the start, in units of the parameters, > 0
-    :param distance: what d is brought to, in actions scaled to [-1, 1], > 0: action noise of this std explores as much
+    :param std: sigma at the start, in units of the parameters
+    :param distance: what d is brought to, in actions scaled to [-1, 1]: action noise of this std explores as much
     :param coefficient: factor of one adaptation, > 1
-    :param interval: environment steps (all environments counted together) between adaptations, >= 1
+    :param interval: environment steps (all environments counted together) between adaptations
     """
 
     std: float
@@ -43,14 +53,8 @@ class ParameterNoise:
         :raises TypeError: if it is not a dict, has an unknown key or a value of the wrong type
         :raises ValueError: if a key is missing or a value is out of range
         """
-        name = "parameter_noise"
-        spec = check_mapping(name, spec, required=("std", "distance"), optional=("coefficient", "interval"))
-        noise = cls(**spec)
-        check_number(f"{name}['std']", noise.std, low=1e-9)
-        check_number(f"{name}['distance']", noise.distance, low=1e-9)
-        check_number(f"{name}['coefficient']", noise.coefficient, low=1 + 1e-9)
-        check_number(f"{name}['interval']", noise.interval, low=1, integer=True)
-        return noise
+        check("parameter_noise", spec, ParameterNoiseOptions)
+        return cls(**spec)
 
     def adapted(self, std: float, distance: float) -> float:
         """

@@ -12,7 +12,7 @@ from torch import nn
 
 from sb3_ac_ext.ddpgx.networks import LateActionCritic
 from sb3_ac_ext.networks.policies import ForDicts, ForImages
-from sb3_ac_ext.validation import check_number, check_switch
+from sb3_ac_ext.validation import NonNegative, NonNegativeInt, PositiveInt, check_number
 
 
 class MlpPolicy(TD3Policy):
@@ -28,10 +28,9 @@ class MlpPolicy(TD3Policy):
         normalised over the batch (Ioffe and Szegedy 2015, arXiv:1502.03167)
     :param final_layer_init: x, for final layers of actor and critic drawn from U(-x, x); None draws them as the others,
         from U(-1 / sqrt(fan_in), 1 / sqrt(fan_in))
-    :param n_critics: critics, >= 1; targets are their smallest value, and the actor ascends the first
+    :param n_critics: critics; targets are their smallest value, and the actor ascends the first
     :param kwargs: SB3's other arguments (net_arch, activation_fn, share_features_extractor, ...)
-    :raises TypeError: if an argument has the wrong type
-    :raises ValueError: if one is out of range
+    :raises ValueError: if the critic has no such layer
     """
 
     def __init__(
@@ -40,16 +39,12 @@ class MlpPolicy(TD3Policy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         *,
-        action_layer: int = 0,
+        action_layer: NonNegativeInt = 0,
         batch_norm: bool = False,
-        final_layer_init: float | None = None,
-        n_critics: int = 1,
+        final_layer_init: NonNegative | None = None,
+        n_critics: PositiveInt = 1,
         **kwargs: Any,
     ) -> None:
-        check_number("n_critics", n_critics, low=1, integer=True)
-        check_switch("batch_norm", batch_norm)
-        if final_layer_init is not None:
-            check_number("final_layer_init", final_layer_init, low=0)
         self.action_layer = action_layer
         self.batch_norm = batch_norm
         self.final_layer_init = final_layer_init

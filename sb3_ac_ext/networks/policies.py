@@ -6,7 +6,7 @@ from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
 
 from sb3_ac_ext.networks.critics import LayerNormCritic
-from sb3_ac_ext.validation import check_number, check_switch
+from sb3_ac_ext.validation import PositiveInt
 
 
 class CriticPolicy(BasePolicy):
@@ -14,19 +14,15 @@ class CriticPolicy(BasePolicy):
     A policy whose critic can be normalised: ``class MlpPolicy(CriticPolicy, TD3Policy)``.
 
     :param critic_layer_norm: whether the critic's hidden layers are normalised
-    :param n_critics: streams of the critic, >= 1; targets are their smallest value
+    :param n_critics: streams of the critic; targets are their smallest value
     :param kwargs: SB3's other arguments (net_arch, activation_fn, share_features_extractor, ...)
-    :raises TypeError: if an argument has the wrong type
-    :raises ValueError: if there is no critic
     """
 
     critic: ContinuousCritic
     critic_target: ContinuousCritic
     critic_kwargs: dict[str, Any]
 
-    def __init__(self, *args: Any, critic_layer_norm: bool = False, n_critics: int = 2, **kwargs: Any) -> None:
-        check_switch("critic_layer_norm", critic_layer_norm)
-        check_number("n_critics", n_critics, low=1, integer=True)
+    def __init__(self, *args: Any, critic_layer_norm: bool = False, n_critics: PositiveInt = 2, **kwargs: Any) -> None:
         self.critic_layer_norm = critic_layer_norm
         super().__init__(*args, n_critics=n_critics, **kwargs)
 
