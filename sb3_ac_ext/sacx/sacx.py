@@ -17,10 +17,11 @@ With ``value_network=True`` (Haarnoja et al. 2018, arXiv:1801.01290, Algorithm 1
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch as th
+from annotated_types import Ge
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
@@ -32,15 +33,19 @@ from stable_baselines3.sac.policies import Actor, SACPolicy
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_ac_ext.base.arguments import check_policy_class
 from sb3_ac_ext.base.checkpoint import changed_by_load
+from sb3_ac_ext.base.noise import ExplorationNoise
 from sb3_ac_ext.base.off_policy import OffPolicyMixin, critic_names
+from sb3_ac_ext.base.schedules import Rate
+from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.gaussian import squashed_gaussian
 from sb3_ac_ext.functional.losses import ent_coef_loss, soft_value, squared_error, td_errors, td_target
-from sb3_ac_ext.sacx.arguments import check_sacx_arguments, parse_ent_coef
+from sb3_ac_ext.sacx.arguments import EntCoef, TargetEntropy, parse_ent_coef, target_entropy_in
 from sb3_ac_ext.sacx.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, divided
-from sb3_ac_ext.validation import check_keys
+from sb3_ac_ext.validation import Acts, ArgumentError, Excludes, Needs, PositiveInt, check_keys
 
 
 class PolicySample(NamedTuple):
@@ -62,27 +67,22 @@ class SACX(OffPolicyMixin, SAC):
     1 / ``ent_coef``. Differences from SB3's SAC with the extras at their defaults: none in the updates; the replay buffer
     is allocated at its first use.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class derived from SB3's (with ``value_network``
-        from these)
-    :param env: environment or its id, with a Box action space of finite bounds
-    :param learning_rate: rate of all networks and alpha: a number >= 0, "lin_x" (falls linearly from x to 0), or a schedule
-    :param actor_learning_rate: rate of the actor instead
+    :param actor_learning_rate: rate of the actor instead of ``learning_rate``
     :param q_a_learning_rate: rate of Q_a instead; a features extractor of the critic's own keeps ``learning_rate``
     :param q_b_learning_rate: rate of Q_b instead
     :param q_learning_rates: rates of any of the critics by their names, "q_a", "q_b", "q_c", ... ("q" if there is only one)
-    :param value_learning_rate: rate of V instead; only with ``value_network``
+    :param value_learning_rate: rate of V instead
     :param ent_coef_learning_rate: rate of log alpha instead; only with an automatic ``ent_coef``
-    :param ent_coef: alpha, reward units per nat: "auto" (learned, from 1), "auto_x" (from x > 0), or a fixed number > 0
-    :param target_entropy: H, in nats; "auto" for minus the number of action dimensions
+    :param ent_coef: alpha, reward units per nat: learned from 1 ("auto") or from x ("auto_x"), or fixed
+    :param target_entropy: H, in nats
     :param target_update_interval: SB3's: targets move in every such gradient step, counted anew in each `train`
     :param target_update_every: targets move in every such gradient step of the whole training; None for the above
-    :param value_network: whether to learn V as the first paper does
+    :param value_network: whether to learn V as the first paper does, which takes a policy derived from those of this package
     :param exact_log_prob: whether log(1 - tanh(u)^2) is computed exactly; otherwise as SB3 does, log(1 - tanh(u)^2 + 1e-6),
         which is bounded and so underrates the density of actions within 1e-6 of their limits
     :param use_sde: whether to explore with generalised state-dependent exploration (gSDE, Raffin et al. 2021)
     :param sde_sample_freq: environment steps between its noise matrices; -1 for one a rollout
     :param use_sde_at_warmup: whether to act with it until ``learning_starts``, instead of uniformly
-    :param kwargs: `OffPolicyKwargs`; the other arguments are SB3's, see `OffPolicyArguments`
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for spaces that SAC cannot take
@@ -113,12 +113,12 @@ class SACX(OffPolicyMixin, SAC):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
-        ent_coef: str | float = "auto",
-        target_update_interval: int = 1,
-        target_entropy: str | float = "auto",
-        use_sde: bool = False,
-        sde_sample_freq: int = -1,
-        use_sde_at_warmup: bool = False,
+        ent_coef: EntCoef = "auto",
+        target_update_interval: PositiveInt = 1,
+        target_entropy: TargetEntropy = "auto",
+        use_sde: Annotated[bool, Acts.NEVER] = False,
+        sde_sample_freq: Annotated[int, Ge(-1), Acts.STEP] = -1,
+        use_sde_at_warmup: Annotated[bool, Acts.STEP] = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -127,25 +127,21 @@ class SACX(OffPolicyMixin, SAC):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
         *,
-        actor_learning_rate: float | str | Schedule | None = None,
-        q_a_learning_rate: float | str | Schedule | None = None,
-        q_b_learning_rate: float | str | Schedule | None = None,
-        q_learning_rates: Mapping[str, float | str | Schedule] | None = None,
-        value_learning_rate: float | str | Schedule | None = None,
-        ent_coef_learning_rate: float | str | Schedule | None = None,
-        target_update_every: int | None = None,
-        value_network: bool = False,
+        actor_learning_rate: Rate | None = None,
+        q_a_learning_rate: Rate | None = None,
+        q_b_learning_rate: Rate | None = None,
+        q_learning_rates: dict[str, Rate | None] | None = None,
+        value_learning_rate: Annotated[Rate | None, Needs("value_network", True)] = None,
+        ent_coef_learning_rate: Rate | None = None,
+        target_update_every: Annotated[PositiveInt | None, Excludes("target_update_interval")] = None,
+        value_network: Annotated[bool, Acts.NEVER] = False,
         exact_log_prob: bool = False,
-        **kwargs: Any,
+        max_grad_norm: float | dict[str, float] | None = None,
+        exploration_noise: ExplorationNoise | None = None,
+        warmup: Literal["uniform", "noise"] = "uniform",
+        engine: bool = True,
     ) -> None:
-        super().__init__(
-            *(policy, env, learning_rate, buffer_size, learning_starts, batch_size, tau, gamma, train_freq, gradient_steps),
-            *(action_noise, replay_buffer_class, replay_buffer_kwargs, optimize_memory_usage, n_steps, ent_coef),
-            *(target_update_interval, target_entropy, use_sde, sde_sample_freq, use_sde_at_warmup, stats_window_size),
-            *(tensorboard_log, {**(policy_kwargs or {})}, verbose, seed, device),
-            _init_setup_model=False,
-            **kwargs,
-        )
+        super().__init__(**passed_on(SACX, locals()), _init_setup_model=False)
         self.actor_learning_rate = actor_learning_rate
         self.q_a_learning_rate = q_a_learning_rate
         self.q_b_learning_rate = q_b_learning_rate
@@ -159,15 +155,24 @@ class SACX(OffPolicyMixin, SAC):
             self._setup_model()
 
     def _check_arguments(self) -> None:
+        check_policy_class(self, MlpPolicy if self.value_network else SACPolicy)
         super()._check_arguments()
-        check_sacx_arguments(self)
+        self.target_entropy = target_entropy_in(self.action_space, self.target_entropy)  # as SB3 does
+        automatic, _ = parse_ent_coef("ent_coef", self.ent_coef)
+        if self.ent_coef_learning_rate is not None and not automatic:
+            raise ArgumentError(
+                f'ent_coef_learning_rate={self.ent_coef_learning_rate!r} needs ent_coef="auto", got ent_coef={self.ent_coef!r}'
+            )
+        made = self.policy_kwargs.get("value_network", self.value_network)
+        if made != self.value_network:
+            raise ArgumentError(f"value_network must be what the policy was made with, {made}, got {self.value_network}")
 
     def _setup_model(self) -> None:
         self.log_ent_coef, self.ent_coef_optimizer = None, None  # not those of an earlier setup
         if self.value_network:
             self.policy_kwargs = {**self.policy_kwargs, "value_network": True}  # not in the caller's dict
         super()._setup_model()
-        _, ent_coef = parse_ent_coef(self.ent_coef)
+        _, ent_coef = parse_ent_coef("ent_coef", self.ent_coef)
         # both forms of alpha are always there, so that a file with the other one loads where ``ent_coef`` is changed
         if self.ent_coef_optimizer is None:
             self.log_ent_coef = th.tensor([ent_coef], device=self.device).log()
@@ -342,7 +347,7 @@ class SACX(OffPolicyMixin, SAC):
         """See `CheckpointMixin.load`; an ``ent_coef`` given here replaces the file's."""
         model = super().load(path, *args, **kwargs)
         if "ent_coef" in kwargs and model.ent_coef_optimizer is None:
-            model.ent_coef_tensor.fill_(parse_ent_coef(model.ent_coef)[1])  # SB3 has put the file's there
+            model.ent_coef_tensor.fill_(parse_ent_coef("ent_coef", model.ent_coef)[1])  # SB3 has put the file's there
         return model
 
     def _excluded_save_params(self) -> list[str]:
