@@ -18,7 +18,7 @@ import io
 import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch as th
@@ -29,19 +29,22 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
-from sb3_ac_ext.base.noise import ScaledNoise
+from sb3_ac_ext.base.arguments import check_float_actions, check_policy_class
+from sb3_ac_ext.base.noise import ExplorationNoise, ScaledNoise
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
+from sb3_ac_ext.base.schedules import Rate
+from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.envs.joint import JointEnv, is_multi_agent
 from sb3_ac_ext.envs.joint_spaces import ALONE, JointBox
 from sb3_ac_ext.functional.losses import smoothed_action, td_errors, td_target
 from sb3_ac_ext.functional.multi_agent import active_mean, replace_agent_action
-from sb3_ac_ext.maddpg.arguments import check_maddpg_arguments, check_normalisation
 from sb3_ac_ext.maddpg.buffer import JointReplayBuffer, JointTransitions
 from sb3_ac_ext.maddpg.networks import JointActor, JointCritic
 from sb3_ac_ext.maddpg.policies import MlpPolicy
+from sb3_ac_ext.validation import Acts, ArgumentError, NonNegative, PositiveInt, UnsupportedError
 
 NETWORKS = ("actor", "critic", "actor_target", "critic_target")
 PRINTED = 33
@@ -96,17 +99,16 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
     :param policy: "MlpPolicy" or a class derived from it; `sb3_ac_ext.maddpg.policies.MlpPolicy` has the arguments that
         ``policy_kwargs`` takes
     :param env: environment or its id
-    :param learning_rate: rate of all networks: a number >= 0, "lin_x" (falls linearly from x to 0), or a schedule
-    :param actor_learning_rate: rate of the actors instead
-    :param critic_learning_rate: rate of the critics instead
+    :param actor_learning_rate: rate of the actors instead of ``learning_rate``
+    :param critic_learning_rate: rate of the critics instead of ``learning_rate``
     :param centralised: whether critics see all agents; without, each agent learns by DDPG as if it were alone
-    :param policy_delay: updates of the critics per update of actors and targets, >= 1
-    :param target_policy_noise: std of the smoothing noise on targets' Box actions in the scaled action space, >= 0
-    :param target_noise_clip: its largest absolute value, >= 0
-    :param logit_penalty: weight of the mean square of an actor's outputs (before softmax or tanh) in its loss, >= 0; the
-        authors' program has 1e-3
-    :param kwargs: `OffPolicyKwargs`, of which ``max_grad_norm`` bounds each agent's gradients by themselves; the other
-        arguments are those of SB3's DDPG, see `OffPolicyArguments`
+    :param policy_delay: updates of the critics per update of actors and targets
+    :param target_policy_noise: std of the smoothing noise on targets' Box actions in the scaled action space
+    :param target_noise_clip: its largest absolute value
+    :param logit_penalty: weight of the mean square of an actor's outputs (before softmax or tanh) in its loss; the authors'
+        program has 1e-3
+    :param max_grad_norm: bound on the 2-norm of each agent's gradient of actor and of critic; a dict bounds only one of the
+        two, None none
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for spaces or a combination of arguments that MADDPG cannot take
@@ -140,25 +142,19 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         _init_setup_model: bool = True,
         *,
         stats_window_size: int = 100,
-        actor_learning_rate: float | str | Schedule | None = None,
-        critic_learning_rate: float | str | Schedule | None = None,
-        centralised: bool = True,
-        policy_delay: int = 1,
-        target_policy_noise: float = 0.0,
-        target_noise_clip: float = 0.5,
-        logit_penalty: float = 0.0,
-        **kwargs: Any,
+        actor_learning_rate: Rate | None = None,
+        critic_learning_rate: Rate | None = None,
+        centralised: Annotated[bool, Acts.NEVER] = True,
+        policy_delay: PositiveInt = 1,
+        target_policy_noise: NonNegative = 0.0,
+        target_noise_clip: NonNegative = 0.5,
+        logit_penalty: NonNegative = 0.0,
+        max_grad_norm: float | dict[str, float] | None = None,
+        exploration_noise: ExplorationNoise | None = None,
+        warmup: Literal["uniform", "noise"] = "uniform",
+        engine: bool = True,
     ) -> None:
-        super().__init__(
-            *(policy, env, learning_rate, buffer_size, learning_starts, batch_size, tau, gamma, train_freq, gradient_steps),
-            *(action_noise, replay_buffer_class, replay_buffer_kwargs, optimize_memory_usage, n_steps, policy_kwargs),
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            verbose=verbose,
-            device=device,
-            seed=seed,
-            **kwargs,
-        )
+        super().__init__(**passed_on(MADDPG, locals()))
         self.actor_learning_rate = actor_learning_rate
         self.critic_learning_rate = critic_learning_rate
         self.centralised = centralised
@@ -174,8 +170,21 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         return OffPolicyAlgorithm._wrap_env(JointEnv(env) if is_multi_agent(env) else env, verbose, monitor_wrapper)
 
     def _check_arguments(self) -> None:
+        check_policy_class(self, MlpPolicy)
         super()._check_arguments()
-        check_maddpg_arguments(self)
+        check_float_actions(self.action_space)
+        made = self.policy_kwargs.get("centralised", self.centralised)
+        if made != self.centralised:
+            raise ArgumentError(f"centralised must be what the policy was made with, {made}, got {self.centralised}")
+        if self.n_steps > 1:
+            raise UnsupportedError(f"n_steps must be 1 (agents may end at different steps), got {self.n_steps}")
+        if self.replay_buffer_class is not None and not issubclass(self.replay_buffer_class, JointReplayBuffer):
+            name = f"{JointReplayBuffer.__module__}.JointReplayBuffer"
+            raise UnsupportedError(
+                f"replay_buffer_class must be None or derived from {name}, which knows each agent's rewards, got "
+                f"{self.replay_buffer_class}"
+            )
+        check_normalisation(self.env)
 
     def _setup_model(self) -> None:
         if not self.centralised:
@@ -339,3 +348,16 @@ def return_keys(names: Sequence[str]) -> list[str]:
         key if len(key) <= PRINTED or printed[key[: PRINTED - 3]] == 1 else f"{key[: PRINTED - 16]}...{agent}_return"
         for agent, key in enumerate(keys)
     ]
+
+
+def check_normalisation(env: VecEnv | None) -> None:
+    """
+    :param env: of the model
+    :raises UnsupportedError: if it normalises the sum of rewards, which no agent learns from
+    """
+    normalizer = None if env is None else unwrap_vec_normalize(env)
+    if normalizer is not None and normalizer.norm_reward and isinstance(normalizer.action_space, JointBox):
+        raise UnsupportedError(
+            "VecNormalize must have norm_reward=False with several agents, each of which learns from its own reward (in RL "
+            "Zoo: normalize: {norm_obs: true, norm_reward: false}), got norm_reward=True"
+        )

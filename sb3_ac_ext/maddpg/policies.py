@@ -1,9 +1,10 @@
 """SB3's policy for DDPG with networks for several agents."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch as th
+from annotated_types import Ge
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
@@ -11,9 +12,9 @@ from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_ac_ext.envs.joint_spaces import Layout, agent_spaces, size
 from sb3_ac_ext.maddpg.agent import Agent
-from sb3_ac_ext.maddpg.groups import parse_groups
+from sb3_ac_ext.maddpg.groups import Sharing, parse_groups
 from sb3_ac_ext.maddpg.networks import JointActor, JointCritic
-from sb3_ac_ext.validation import check_number, check_switch
+from sb3_ac_ext.validation import PositiveInt
 
 
 class MlpPolicy(TD3Policy):
@@ -26,11 +27,10 @@ class MlpPolicy(TD3Policy):
     :param parameter_sharing: None for networks of each agent's own, "all" for the same for all, or lists of the names of
         agents that share an actor and critics
     :param centralised: whether critics see all agents; the algorithm decides
-    :param gumbel_temperature: of the relaxation of Discrete actions, > 0
-    :param n_critics: critics of each agent, >= 1; targets are their smallest value
+    :param gumbel_temperature: of the relaxation of Discrete actions
+    :param n_critics: critics of each agent; targets are their smallest value
     :param kwargs: SB3's other arguments (net_arch, activation_fn, ...)
-    :raises TypeError: if an argument has the wrong type
-    :raises ValueError: if one is out of range
+    :raises ValueError: if no such agents can share parameters, or the features are not flat observations
     :raises UnsupportedError: for spaces that cannot be shared out over agents
     """
 
@@ -45,16 +45,13 @@ class MlpPolicy(TD3Policy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         *,
-        parameter_sharing: str | list[list[str]] | None = None,
+        parameter_sharing: Sharing = None,
         centralised: bool = True,
-        gumbel_temperature: float = 1.0,
-        n_critics: int = 1,
+        gumbel_temperature: Annotated[float, Ge(1e-6)] = 1.0,
+        n_critics: PositiveInt = 1,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         **kwargs: Any,
     ) -> None:
-        check_switch("centralised", centralised)
-        check_number("gumbel_temperature", gumbel_temperature, low=1e-6)
-        check_number("n_critics", n_critics, low=1, integer=True)
         if features_extractor_class is not FlattenExtractor:
             raise ValueError(f"features_extractor_class must be FlattenExtractor, got {features_extractor_class}")
         self.layout = Layout.of(observation_space, action_space)
