@@ -239,7 +239,7 @@ def _in_words(kind: Any, constraints: tuple[Any, ...]) -> str:
     if get_origin(kind) is dict:
         values = get_args(kind)[1]
         return "a dict" if values is Any else f"a dict whose values are {legal(values)}"
-    names = {NoneType: "None", bool: "True or False", str: "a string", list: "a list"}
+    names = {Any: "anything", NoneType: "None", bool: "True or False", str: "a string", list: "a list"}
     plain = get_origin(kind) or kind
     name = getattr(plain, "__name__", str(plain))
     return names.get(plain, f"{'an' if name[0] in 'AEIOU' else 'a'} {name}")

@@ -80,7 +80,7 @@ class CommonArguments:
     """
 
     policy: Annotated[str | type[BasePolicy], Acts.NEVER]
-    env: Any
+    env: Annotated[Any, Acts.NEVER]
     learning_rate: Rate
     gamma: UnitInterval
     max_grad_norm: GradientBound

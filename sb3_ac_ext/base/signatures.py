@@ -40,7 +40,10 @@ class Argument:
 
     def is_default(self, value: Any) -> bool:
         """Whether ``value`` is its default."""
-        return value is self.default or (type(value) in (bool, int, float, str) and bool(value == self.default))
+        try:
+            return value is self.default or bool(value == self.default)
+        except (RuntimeError, ValueError):  # of arrays
+            return False
 
 
 @cache

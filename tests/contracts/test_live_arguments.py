@@ -1,7 +1,7 @@
 """
 Every argument of every row acts when it is set on a model that is there, as if the constructor had been given it.
 
-What networks, buffers and environments are made of is left out, see `MADE_OF`.
+What acts in a new model only is left out, and what changes no number.
 """
 
 import random
@@ -12,12 +12,13 @@ import pytest
 import torch as th
 from environments import BOX, CONTINUOUS, RandomEnv
 from gymnasium.wrappers import TimeLimit
-from models import EVERY, OFF_POLICY, WITH_ALPHA, algorithm_class, small_model
+from models import EVERY, algorithm_class, small_model
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from subjects import numbers
 
-from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.base.signatures import arguments_of
+from sb3_ac_ext.validation import Acts
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:rollout='episodes' waits for:UserWarning"),
@@ -28,12 +29,6 @@ ATOL = 1e-5
 HALF = 18
 """Steps of half a training: three rollouts, or eight updates."""
 
-MADE_OF = {
-    *("policy", "env", "policy_kwargs", "device", "seed", "engine", "verbose", "tensorboard_log", "stats_window_size"),
-    *("buffer_size", "replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage"),
-    *("rollout_buffer_class", "rollout_buffer_kwargs", "use_sde", "value_network", "centralised"),
-    *("separate_phases", "critic", "deterministic_policy"),
-}
 NOISE = {"type": "normal", "start": 0.5}
 PHASES = {"separate_phases": True}
 PENALTY = {"surrogate": "penalty"}
@@ -148,9 +143,9 @@ def arguments() -> list[Any]:
     """Of every row, by default a seventh of them, drawn."""
     found = []
     for row in EVERY:
-        made_of = MADE_OF | ({"n_steps"} if row in OFF_POLICY else set()) | ({"ent_coef"} if row in WITH_ALPHA else set())
-        made_of |= {"sde_sample_freq"} if row == "acktr" else set()  # which has no such noise
-        for name in sorted(constructor_keys(algorithm_class(row)) - made_of):
+        for name, argument in sorted(arguments_of(algorithm_class(row)).items()):
+            if argument.acts in (Acts.NEVER, Acts.LEARN) or name == "engine":
+                continue
             default = random.Random(f"{row} {name}").random() < 1 / 7
             found.append(pytest.param(row, name, marks=[] if default else pytest.mark.slow))
     return found
