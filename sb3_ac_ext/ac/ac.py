@@ -23,17 +23,17 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from sb3_ac_ext.ac.arguments import check_ac_arguments, fitting_policy
-from sb3_ac_ext.ac.policies import DeterministicMlpPolicy, QMlpPolicy
+from sb3_ac_ext.ac.policies import DeterministicMlpPolicy, QMlpPolicy, fitting_policy
 from sb3_ac_ext.ac.step import Step, replaced
 from sb3_ac_ext.ac.traces import Traces, along, follow, traces_of
+from sb3_ac_ext.base.arguments import check_bounded_actions, check_policy_class
 from sb3_ac_ext.base.on_policy import truncated
 from sb3_ac_ext.base.online import ROLLOUT, OnlineMixin
 from sb3_ac_ext.base.schedules import Rate
 from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.networks.actor_critic import SEPARATE_POLICIES, separate_optimizers
-from sb3_ac_ext.validation import Acts, Needs, NonNegative, UnitInterval
+from sb3_ac_ext.validation import Acts, ArgumentError, Needs, NonNegative, UnitInterval, UnsupportedError
 
 
 class AC(OnlineMixin, OnPolicyAlgorithm):
@@ -117,11 +117,30 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
     def _check_policy_class(self) -> None:
         if not issubclass(self.policy_class, QMlpPolicy):  # which is no alias
             super()._check_policy_class()
-        self.policy_class = fitting_policy(self)
+        self.policy_class = fitting_policy(self.policy_class, self.critic, self.deterministic_policy)
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        check_ac_arguments(self)
+        if self.deterministic_policy:
+            self._check_deterministic()
+        check_policy_class(self, ActorCriticPolicy)
+        given = self.policy_class
+        made_for = issubclass(given, QMlpPolicy), issubclass(given, DeterministicMlpPolicy)
+        if made_for != (self.critic == "q", self.deterministic_policy):
+            raise ArgumentError(
+                f"critic and deterministic_policy must be what the policy was made for, got {self.critic!r} and "
+                f"{self.deterministic_policy} with {given}"
+            )
+
+    def _check_deterministic(self) -> None:
+        if not isinstance(self.action_space, spaces.Box):
+            raise UnsupportedError(f"deterministic_policy=True needs a Box of actions, got {self.action_space}")
+        check_bounded_actions(self.action_space)
+        for name in ("ent_coef", "use_sde"):
+            if getattr(self, name):
+                raise ArgumentError(
+                    f"{name} needs a stochastic policy, got {getattr(self, name)!r} with deterministic_policy=True"
+                )
 
     def _make_optimizers(self) -> None:
         separate_optimizers(self.policy, self.lr_schedule(1), "AC")

@@ -10,7 +10,7 @@ from stable_baselines3.common.torch_layers import create_mlp
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_ac_ext.networks.actor_critic import SeparateCnnPolicy, SeparateMultiInputPolicy
+from sb3_ac_ext.networks.actor_critic import SEPARATE_POLICIES, SeparateCnnPolicy, SeparateMultiInputPolicy
 
 
 class QMlpPolicy(ActorCriticPolicy):
@@ -97,3 +97,20 @@ class DeterministicCnnPolicy(SeparateCnnPolicy, DeterministicMlpPolicy):
 
 class DeterministicMultiInputPolicy(SeparateMultiInputPolicy, DeterministicMlpPolicy):
     """`DeterministicMlpPolicy` for Dict observations."""
+
+
+V_POLICIES = tuple(SEPARATE_POLICIES.values())
+Q_POLICIES = (QMlpPolicy, QCnnPolicy, QMultiInputPolicy)
+DETERMINISTIC_POLICIES = (DeterministicMlpPolicy, DeterministicCnnPolicy, DeterministicMultiInputPolicy)
+
+
+def fitting_policy(given: type[BasePolicy], critic: str, deterministic: bool) -> type[BasePolicy]:
+    """
+    :param given: a policy class
+    :param critic: argument of `AC`
+    :param deterministic: argument of `AC`
+    :return: for the class of one of the names, the one with the critic and the actor asked for; others as they are
+    """
+    if critic != "q" or given not in V_POLICIES:
+        return given
+    return (DETERMINISTIC_POLICIES if deterministic else Q_POLICIES)[V_POLICIES.index(given)]  # type: ignore[arg-type]  # in it

@@ -1,6 +1,6 @@
 """What algorithms share that learn from every step as it is taken."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch as th
@@ -10,12 +10,18 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ac_ext.base.declarations import OnPolicyArguments
 from sb3_ac_ext.base.environment_checks import check_rollout, locate_non_finite
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
-from sb3_ac_ext.validation import check_choice
 
 ROLLOUT = 500
 """Steps between two looks at the learning rates, at whether everything is finite, and the log: what costs more than a step."""
+
+
+class OnlineArguments(OnPolicyArguments):
+    """What these algorithms take."""
+
+    rollout: Literal["steps"]
 
 
 class OnlineMixin(OnPolicyMixin):
@@ -25,9 +31,7 @@ class OnlineMixin(OnPolicyMixin):
     An algorithm says in `_learn_from` what a step teaches.
     """
 
-    def _check_arguments(self) -> None:
-        super()._check_arguments()
-        check_choice("rollout", self.rollout, ("steps",))  # in a file of another algorithm it can be something else
+    declarations = OnlineArguments
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
