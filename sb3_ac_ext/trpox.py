@@ -13,13 +13,15 @@ Trust region policy optimisation (Schulman et al. 2015, arXiv:1502.05477).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch as th
+from annotated_types import Interval
 from gymnasium import spaces
 from gymnasium.vector.utils import create_empty_array
 from sb3_contrib import TRPO
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
@@ -29,6 +31,7 @@ from torch import nn
 
 from sb3_ac_ext.base.checkpoint import parameters_of, split_optimizer_state
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
+from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.buffers.rollouts import Samples, minibatches
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.natural_gradient import (
@@ -40,7 +43,7 @@ from sb3_ac_ext.functional.natural_gradient import (
 )
 from sb3_ac_ext.functional.surrogates import normalized, squared_error, surrogate
 from sb3_ac_ext.networks.actor_critic import describe, kl_divergence, policy_parameters, statistics
-from sb3_ac_ext.validation import check_choice, check_number, check_switch
+from sb3_ac_ext.validation import NonNegative, NonNegativeInt, Positive, PositiveInt, UnitInterval
 
 
 class Candidate(NamedTuple):
@@ -72,10 +75,7 @@ class TRPOX(OnPolicyMixin, TRPO):
     dimensions of Box and MultiBinary actions; advantages are GAE, normalised. Difference from sb3-contrib's TRPO with the
     extras at their defaults: conjugate gradients start at 0, not at random numbers of size 1e-4.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class
-    :param env: environment or its id
-    :param learning_rate: rate of the value: a number >= 0, "lin_x" (falls linearly from x to 0), or a schedule
-    :param n_steps: steps of each environment in a rollout, the most of them with ``rollout="episodes"``
+    :param learning_rate: rate of the value; "lin_x" falls linearly from x to 0
     :param batch_size: samples per gradient step of the value
     :param cg_max_steps: iterations of conjugate gradients
     :param cg_damping: added to the Fisher matrix's diagonal
@@ -85,12 +85,12 @@ class TRPOX(OnPolicyMixin, TRPO):
     :param normalize_advantage: whether advantages get mean 0 and standard deviation 1
     :param target_kl: delta, in nats
     :param sub_sampling_factor: the policy's update takes one of so many samples
-    :param fvp_subsample: Fisher products take one of so many of these
+    :param ent_coef: weight of the entropy in the objective, in normalised advantages per nat
+    :param fvp_subsample: Fisher products take one of so many of the update's samples
     :param kl_direction: what bounds the step: "new_old", KL(pi || pi_old) (sb3-contrib), or "old_new" (the paper)
     :param kl_reduction: over the dimensions of Box and MultiBinary actions: "mean" (sb3-contrib), or "sum", the divergence of
         the actions as a whole (the paper)
-    :param accept_ratio: share of the improvement to first order, in [0, 1], that a step must reach; None takes any improvement
-    :param kwargs: `OnPolicyKwargs`; ``ent_coef`` in normalised advantages per nat
+    :param accept_ratio: share of the improvement to first order that a step must reach; None takes any improvement
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for spaces that TRPO cannot take
@@ -104,43 +104,40 @@ class TRPOX(OnPolicyMixin, TRPO):
         env: GymEnv | str,
         learning_rate: float | str | Schedule = 1e-3,
         n_steps: int = 2048,
-        batch_size: int = 128,
-        *,
-        cg_max_steps: int = 15,
-        cg_damping: float = 0.1,
-        line_search_shrinking_factor: float = 0.8,
-        line_search_max_iter: int = 10,
-        n_critic_updates: int = 10,
+        batch_size: PositiveInt = 128,
+        gamma: float = 0.99,
+        cg_max_steps: PositiveInt = 15,
+        cg_damping: NonNegative = 0.1,
+        line_search_shrinking_factor: Annotated[float, Interval(ge=0.01, le=0.99)] = 0.8,
+        line_search_max_iter: PositiveInt = 10,
+        n_critic_updates: NonNegativeInt = 10,
+        gae_lambda: float = 0.95,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
         normalize_advantage: bool = True,
-        target_kl: float = 0.01,
-        sub_sampling_factor: int = 1,
-        fvp_subsample: int = 1,
-        kl_direction: str = "new_old",
-        kl_reduction: str = "mean",
-        accept_ratio: float | None = None,
+        target_kl: Positive = 0.01,
+        sub_sampling_factor: PositiveInt = 1,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
         _init_setup_model: bool = True,
-        **kwargs: Any,
+        *,
+        ent_coef: float = 0.0,
+        fvp_subsample: PositiveInt = 1,
+        kl_direction: Literal["new_old", "old_new"] = "new_old",
+        kl_reduction: Literal["mean", "sum"] = "mean",
+        accept_ratio: UnitInterval | None = None,
+        rollout: Literal["steps", "episodes"] = "steps",
+        rollout_episodes: int = 16,
+        drop_unfinished_episodes: bool = False,
+        engine: bool = True,
     ) -> None:
-        for name, value in (("n_steps", n_steps), ("batch_size", batch_size)):
-            check_number(name, value, low=1, integer=True)  # TRPO computes with them
-        ent_coef = kwargs.pop("ent_coef", 0.0)  # which TRPO does not take
-        super().__init__(
-            policy,
-            env,
-            learning_rate,
-            n_steps,
-            batch_size,
-            cg_max_steps=cg_max_steps,
-            cg_damping=cg_damping,
-            line_search_shrinking_factor=line_search_shrinking_factor,
-            line_search_max_iter=line_search_max_iter,
-            n_critic_updates=n_critic_updates,
-            normalize_advantage=normalize_advantage,
-            target_kl=target_kl,
-            sub_sampling_factor=sub_sampling_factor,
-            _init_setup_model=False,
-            **kwargs,
-        )
+        super().__init__(**passed_on(TRPOX, locals()), _init_setup_model=False)
         self.ent_coef = ent_coef
         self.fvp_subsample = fvp_subsample
         self.kl_direction = kl_direction
@@ -148,21 +145,6 @@ class TRPOX(OnPolicyMixin, TRPO):
         self.accept_ratio = accept_ratio
         if _init_setup_model:
             self._setup_model()
-
-    def _check_arguments(self) -> None:
-        super()._check_arguments()
-        counts = ("batch_size", "cg_max_steps", "line_search_max_iter", "sub_sampling_factor", "fvp_subsample")
-        for name in counts:
-            check_number(name, getattr(self, name), low=1, integer=True)
-        check_number("n_critic_updates", self.n_critic_updates, low=0, integer=True)
-        check_number("cg_damping", self.cg_damping, low=0)
-        check_number("line_search_shrinking_factor", self.line_search_shrinking_factor, low=0.01, high=0.99)
-        check_number("target_kl", self.target_kl, low=1e-12)
-        if self.accept_ratio is not None:
-            check_number("accept_ratio", self.accept_ratio, low=0, high=1)
-        check_choice("kl_direction", self.kl_direction, ("new_old", "old_new"))
-        check_choice("kl_reduction", self.kl_reduction, ("mean", "sum"))
-        check_switch("normalize_advantage", self.normalize_advantage)
 
     def _setup_model(self) -> None:
         self.max_grad_norm = None  # TRPO's base class is told 0, which none of its updates uses
