@@ -681,7 +681,7 @@ def test_wrong_use() -> None:
         ({"stats_decay": 1.0}, ValueError, r"stats_decay must be a number in \[0, 0.999999\], got 1.0"),
         ({"momentum": -0.1}, ValueError, r"momentum must be a number in \[0, 0.999999\], got -0.1"),
         ({"inverse_update_interval": 0}, ValueError, r"inverse_update_interval must be an integer >= 1, got 0"),
-        ({"cold_iterations": 1.5}, TypeError, r"cold_iterations must be an integer, got 1.5"),
+        ({"cold_iterations": 1.5}, TypeError, r"cold_iterations must be an integer >= 0, got 1.5"),
         ({"inversion": "lu"}, ValueError, r"inversion must be one of 'eigen', 'cholesky', got 'lu'"),
     ],
     ids=str,

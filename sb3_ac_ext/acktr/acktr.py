@@ -14,23 +14,26 @@ The Fisher matrix of N(V, 1) is the Gauss-Newton matrix of the critic's loss.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch as th
 from stable_baselines3 import A2C
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from torch import nn
 
-from sb3_ac_ext.acktr.arguments import check_acktr_arguments, check_shared_arguments
 from sb3_ac_ext.acktr.blocks import LayerCalls
-from sb3_ac_ext.acktr.kfac_optimizer import KFAC, OPTIONS
+from sb3_ac_ext.acktr.kfac_optimizer import KFAC, OPTIONS, Inversion, ShareOfBefore
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
+from sb3_ac_ext.base.schedules import Rate
+from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.kfac import adapted_step_scale
 from sb3_ac_ext.functional.surrogates import normalized, squared_error
 from sb3_ac_ext.networks.actor_critic import describe, kl_divergence, policy_modules, value_modules
+from sb3_ac_ext.validation import ArgumentError, NonNegativeInt, Positive, PositiveInt, UnsupportedError
 
 VALUE_MAX_KL = 0.01
 """``value_max_kl`` where the argument is None."""
@@ -66,25 +69,22 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
     certain: the factors are averages, which lag behind (less so with a smaller ``stats_decay``), and they leave out what
     layers do together; and the samples are those that the step was made of.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class
-    :param env: environment or its id
-    :param learning_rate: largest step eta_max: a number >= 0, "lin_x" (falls linearly from x to 0), or a schedule
-    :param n_steps: steps of each environment in a rollout, which is one batch
+    :param learning_rate: largest step eta_max; "lin_x" falls linearly from x to 0
+    :param n_steps: steps of each environment in a rollout, which is one batch, the most of them with ``rollout="episodes"``
     :param vf_coef: weight of the value's loss; 0.5 makes a step of size 1 a full Gauss-Newton step
     :param normalize_advantage: whether advantages get mean 0 and standard deviation 1 in a batch
-    :param max_kl: delta, largest predicted divergence of a step, in nats, > 0
-    :param value_max_kl: the same for the value, mean of ``vf_fisher_coef / 2`` times the squared change (0.01)
-    :param value_learning_rate: largest step of the value instead
-    :param kl_target: divergence that ``learning_rate`` is adapted to: a third off after a step that measured more than twice
-        this, a half on after one of less than half; the schedule is the largest. None for none
-    :param vf_fisher_coef: 1 / sigma^2 of the value's Gaussian, > 0
-    :param damping: what is added to the Fisher matrix's diagonal, > 0
-    :param stats_decay: of the factors' averages, in [0, 1)
-    :param inverse_update_interval: updates between inversions of the factors, >= 1
+    :param max_kl: delta, largest predicted divergence of a step, in nats
+    :param value_max_kl: the same for the value, mean of ``vf_fisher_coef / 2`` times the squared change; None for 0.01
+    :param value_learning_rate: largest step of the value instead of ``learning_rate``
+    :param kl_target: divergence in nats that ``learning_rate`` is adapted to: a third off after a step that measured more than
+        twice this, a half on after one of less than half; the schedule is the largest. None for none
+    :param vf_fisher_coef: 1 / sigma^2 of the value's Gaussian
+    :param damping: what is added to the Fisher matrix's diagonal
+    :param stats_decay: of the factors' moving averages
+    :param inverse_update_interval: updates between inversions of the factors
     :param inversion: "eigen" damps exactly; "cholesky" shares damping out between the factors, faster for large layers
-    :param momentum: in [0, 1)
-    :param cold_iterations: updates by plain gradient steps at the start, within the same bound, >= 0
-    :param kwargs: `OnPolicyKwargs`, with the defaults of SB3's A2C
+    :param momentum: share of the steps before in a step
+    :param cold_iterations: updates by plain gradient steps at the start, within the same bound
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for layers that K-FAC has no factors for, and gSDE
@@ -100,22 +100,39 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
         learning_rate: float | str | Schedule = 0.25,
         n_steps: int = 20,
         *,
+        gamma: float = 0.99,
+        gae_lambda: float = 1.0,
+        ent_coef: float = 0.0,
         vf_coef: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
         normalize_advantage: bool = False,
-        max_kl: float = 1e-3,
-        value_max_kl: float | None = None,
-        value_learning_rate: float | str | Schedule | None = None,
-        kl_target: float | None = None,
-        vf_fisher_coef: float = 1.0,
-        damping: float = 1e-2,
-        stats_decay: float = 0.99,
-        inverse_update_interval: int = 10,
-        inversion: str = "eigen",
-        momentum: float = 0.9,
-        cold_iterations: int = 10,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        max_kl: Positive = 1e-3,
+        value_max_kl: Positive | None = None,
+        value_learning_rate: Rate | None = None,
+        kl_target: Positive | None = None,
+        vf_fisher_coef: Positive = 1.0,
+        damping: Positive = 1e-2,
+        stats_decay: ShareOfBefore = 0.99,
+        inverse_update_interval: PositiveInt = 10,
+        inversion: Inversion = "eigen",
+        momentum: ShareOfBefore = 0.9,
+        cold_iterations: NonNegativeInt = 10,
+        rollout: Literal["steps", "episodes"] = "steps",
+        rollout_episodes: int = 16,
+        drop_unfinished_episodes: bool = False,
+        engine: bool = True,
         _init_setup_model: bool = True,
-        **kwargs: Any,
     ) -> None:
+        super().__init__(**passed_on(ACKTR, locals()), max_grad_norm=None, _init_setup_model=False)
         self.normalize_advantage = normalize_advantage
         self.max_kl = max_kl
         self.value_max_kl = value_max_kl
@@ -129,27 +146,19 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
         self.momentum = momentum
         self.cold_iterations = cold_iterations
         self._step_scale = 1.0
-        super().__init__(
-            policy,
-            env,
-            learning_rate,  # type: ignore[arg-type]  # a string too
-            n_steps,
-            kwargs.pop("gamma", 0.99),
-            kwargs.pop("gae_lambda", 1.0),
-            kwargs.pop("ent_coef", 0.0),
-            vf_coef,
-            None,  # max_grad_norm
-            kwargs.pop("use_sde", False),
-            kwargs.pop("sde_sample_freq", -1),
-            _init_setup_model=False,
-            **kwargs,
-        )
         if _init_setup_model:
             self._setup_model()
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        check_acktr_arguments(self)
+        if self.use_sde:
+            raise UnsupportedError("use_sde must be False: K-FAC has no block for gSDE's noise matrix, got True")
+        for name in ("optimizer_class", "optimizer_kwargs"):
+            if (given := (self.policy_kwargs or {}).get(name)) is not None:
+                raise ArgumentError(
+                    f"policy_kwargs[{name!r}] must be left out: ACKTR's optimizer is K-FAC, whose options are arguments of "
+                    f"ACKTR; got {given!r}"
+                )
 
     def _make_optimizers(self) -> None:
         policy: Any = self.policy
@@ -157,11 +166,22 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
         networks = separate_networks(policy, log_std)
         rate = self.lr_schedule(1)
         if networks is None:
-            check_shared_arguments(self)
+            self._check_shared_layers()
             policy.optimizer = KFAC({"policy": policy}, rate, log_std=log_std, **self._options("policy"))
         else:
             policy.optimizer = KFAC(networks["policy"], rate, log_std=log_std, **self._options("policy"))
             policy.value_optimizer = KFAC(networks["value"], rate, **self._options("value"))
+
+    def _check_shared_layers(self) -> None:
+        """
+        :raises ArgumentError: if an argument is there that would be the value's own
+        """
+        for name in ("value_max_kl", "value_learning_rate"):
+            if getattr(self, name) is not None:
+                raise ArgumentError(
+                    f"{name} needs networks of their own for policy and value, whose steps are bounded together otherwise: "
+                    f"set policy_kwargs=dict(share_features_extractor=False), or leave it out; got {getattr(self, name)!r}"
+                )
 
     def _options(self, network: str) -> dict[str, Any]:
         """Of a network's optimizer."""

@@ -1,18 +1,23 @@
 """Natural gradient steps with Kronecker-factored curvature, as a PyTorch optimizer (Wu et al. 2017, arXiv:1708.05144)."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch as th
+from annotated_types import Interval
 from torch import nn
 
 from sb3_ac_ext.acktr.blocks import INVERSES, Block, LayerBlock, LayerCalls, State, blocks_of
+from sb3_ac_ext.base.signatures import check_given
 from sb3_ac_ext.functional import kfac
 from sb3_ac_ext.functional.natural_gradient import flatten, unflatten
-from sb3_ac_ext.validation import check_choice, check_number
+from sb3_ac_ext.validation import NonNegative, NonNegativeInt, Positive, PositiveInt
 
 OPTIONS = ("max_kl", "damping", "stats_decay", "inverse_update_interval", "inversion", "momentum", "cold_iterations")
 """The arguments of `KFAC` that are in its parameter group."""
+Inversion = Literal["eigen", "cholesky"]
+ShareOfBefore = Annotated[float, Interval(ge=0, le=0.999999)]
+"""What an average keeps of its value before."""
 
 
 class KFAC(th.optim.Optimizer):
@@ -35,16 +40,16 @@ class KFAC(th.optim.Optimizer):
     there; ``damping`` and ``inversion`` in the inverses that are made next.
 
     :param modules: networks by name, whose trained parameters have to be in linear layers or 2D convolutions
-    :param lr: eta_max, >= 0
+    :param lr: eta_max
     :param log_std: ``(A,)`` log standard deviation of a Gaussian policy, the same in every state
-    :param max_kl: in nats, > 0
-    :param damping: what is added to the diagonal of F, > 0
-    :param stats_decay: of the factors' moving averages, in [0, 1)
-    :param inverse_update_interval: steps between inversions, >= 1
+    :param max_kl: in nats
+    :param damping: what is added to the diagonal of F
+    :param stats_decay: of the factors' moving averages
+    :param inverse_update_interval: steps between inversions
     :param inversion: "eigen" damps each block exactly; "cholesky" shares the damping out between its factors, which is
         faster for large layers
-    :param momentum: in [0, 1)
-    :param cold_iterations: >= 0
+    :param momentum: share of the steps before in a step
+    :param cold_iterations: plain gradient steps at the start
     :raises UnsupportedError: if a layer has no factors
     :raises TypeError: if an argument has the wrong type
     :raises ValueError: if one is out of range
@@ -53,21 +58,20 @@ class KFAC(th.optim.Optimizer):
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
-        lr: float = 0.25,
+        lr: NonNegative = 0.25,
         *,
         log_std: nn.Parameter | None = None,
-        max_kl: float = 1e-3,
-        damping: float = 1e-2,
-        stats_decay: float = 0.99,
-        inverse_update_interval: int = 10,
-        inversion: str = "eigen",
-        momentum: float = 0.9,
-        cold_iterations: int = 10,
+        max_kl: Positive = 1e-3,
+        damping: Positive = 1e-2,
+        stats_decay: ShareOfBefore = 0.99,
+        inverse_update_interval: PositiveInt = 10,
+        inversion: Inversion = "eigen",
+        momentum: ShareOfBefore = 0.9,
+        cold_iterations: NonNegativeInt = 10,
     ) -> None:
         values = (max_kl, damping, stats_decay, inverse_update_interval, inversion, momentum, cold_iterations)
         options = dict(zip(OPTIONS, values, strict=True))
-        check_number("lr", lr, low=0)
-        check_options(options)
+        check_given(KFAC, {"lr": lr, **options})
         self.blocks = blocks_of(modules, log_std)
         self.measures: dict[str, th.Tensor] = {}
         """Of the last step, ``()`` each: ``step_size`` eta; ``predicted_kl`` in nats, of what it changed; ``damping``, the
@@ -261,18 +265,3 @@ class KFAC(th.optim.Optimizer):
             if parameter.grad is not None
         ]
         th._foreach_add_(*map(list, zip(*pairs, strict=True)))
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """
-    :param options: arguments of `KFAC` by name
-    :raises TypeError: if one has the wrong type
-    :raises ValueError: if one is out of range
-    """
-    for name in ("max_kl", "damping"):
-        check_number(name, options[name], low=1e-12)
-    for name in ("stats_decay", "momentum"):
-        check_number(name, options[name], low=0, high=0.999999)
-    check_number("inverse_update_interval", options["inverse_update_interval"], low=1, integer=True)
-    check_number("cold_iterations", options["cold_iterations"], low=0, integer=True)
-    check_choice("inversion", options["inversion"], tuple(INVERSES))
