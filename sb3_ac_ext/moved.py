@@ -25,6 +25,7 @@ MOVED = {
     "sb3_ac_ext.legacy.actor_critic": "sb3_ac_ext.networks.actor_critic",
     "sb3_ac_ext.maddpg.environment": "sb3_ac_ext.envs.joint",
     "sb3_ac_ext.maddpg.spaces": "sb3_ac_ext.envs.joint_spaces",
+    "sb3_ac_ext.ppox.ppox": "sb3_ac_ext.ppox",
 }
 """Today's name of each module by its old one."""
 GONE = {"sb3_ac_ext.common", "sb3_ac_ext.legacy"}

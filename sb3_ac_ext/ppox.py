@@ -12,15 +12,18 @@ Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347), with clip
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch as th
+from annotated_types import Interval
 from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
-from sb3_ac_ext.base.schedules import as_schedule
+from sb3_ac_ext.base.schedules import Rate, as_schedule
+from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.buffers.rollouts import Samples, minibatches
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.surrogates import (
@@ -32,13 +35,26 @@ from sb3_ac_ext.functional.surrogates import (
     squared_error,
     surrogate,
 )
-from sb3_ac_ext.networks.actor_critic import describe, kl_divergence, separate_optimizers
-from sb3_ac_ext.ppox.arguments import check_clip_range_is_default, check_ppox_arguments, check_sizes
-from sb3_ac_ext.validation import ArgumentError
+from sb3_ac_ext.networks.actor_critic import (
+    CnnPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
+    describe,
+    kl_divergence,
+    separate_optimizers,
+)
+from sb3_ac_ext.validation import Acts, ArgumentError, Excludes, Needs, NonNegative, Positive, PositiveInt, check_number
+
+__all__ = ["PPOX", "CnnPolicy", "MlpPolicy", "MultiInputPolicy"]
+__path__: list[str] = []
+"""It was a package: `sb3_ac_ext.moved` finds the old name in it."""
 
 KL_TARGET = 0.01
 KL_COEF = 1.0
 """Of the adaptive penalty, where the arguments are None."""
+PENALISED = Needs("surrogate", "penalty")
+APART = Needs("separate_phases", True)
+Share = Annotated[float, Interval(ge=1e-9, le=1)]
 
 
 class Minibatch(NamedTuple):
@@ -66,10 +82,6 @@ class PPOX(OnPolicyMixin, PPO):
     Differences from the paper: SB3's defaults and its loss of the value without factor 1/2. Differences from SB3's PPO with
     the extras at their defaults: none.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class
-    :param env: environment or its id
-    :param learning_rate: rate: a number >= 0, "lin_x" (falls linearly from x to 0), or a schedule
-    :param n_steps: steps of each environment in a rollout, the most of them with ``rollout="episodes"``
     :param batch_size: samples per gradient step
     :param n_epochs: passes over the rollout
     :param clip_range: c, or its schedule
@@ -77,28 +89,26 @@ class PPOX(OnPolicyMixin, PPO):
     :param clip_range_vf_mode: "clipped" counts the clipped value's error (SB3), "max" the larger of both errors (published)
     :param normalize_advantage: whether advantages get mean 0 and standard deviation 1
     :param normalize_advantage_over: in each "minibatch" (SB3), or once over the "buffer"
-    :param vf_coef: weight of the value's loss
+    :param vf_coef: weight of the value's loss; not used with ``separate_phases``
     :param max_grad_norm: bound on the 2-norm of the gradient by all parameters; with ``separate_phases`` on that of each
         network ("policy", "value" in a dict); None does not clip
-    :param target_kl: SB3's early stop: all updates end once a minibatch's KL (k3) is above 1.5 times this
-    :param surrogate: "clip" or "penalty"
-    :param kl_target: d_targ of the penalty, in nats (0.01)
-    :param kl_coef: beta that the penalty starts with, reward units per nat (1)
+    :param target_kl: SB3's early stop: all updates end once a minibatch's KL (k3) is above 1.5 times this, in nats
+    :param surrogate: what the policy descends: "clip" or "penalty"
+    :param kl_target: d_targ of the penalty, in nats; None for 0.01
+    :param kl_coef: beta that the penalty starts with, reward units per nat; None for 1
     :param kl_stop: another early stop: KL above which the policy's updates end, in nats
     :param kl_stop_estimator: "k1", -mean log r, or "k3", mean r - 1 - log r, see `kl_estimate`
     :param kl_stop_every: looked at on every "minibatch" before its step, or after every "epoch" on the whole rollout
-    :param kl_stop_scope: what ends: "both", or the "policy" only, which needs ``separate_phases``
-    :param separate_phases: whether the policy's epochs come first, then the value's, each with its own optimizer; ``vf_coef``
-        is not used then
-    :param policy_epochs: epochs of the policy's phase (``n_epochs``)
-    :param value_epochs: of the value's (``n_epochs``)
-    :param policy_sample_ratio: share of the rollout, in (0, 1], that an epoch of the policy's phase takes for one gradient
-        step; None makes minibatches of ``batch_size``
+    :param kl_stop_scope: what ends: "both", or the "policy" only
+    :param separate_phases: whether the policy's epochs come first, then the value's, each with its own optimizer
+    :param policy_epochs: epochs of the policy's phase; None for ``n_epochs``
+    :param value_epochs: epochs of the value's phase; None for ``n_epochs``
+    :param policy_sample_ratio: share of the rollout that an epoch of the policy's phase takes for one gradient step; None
+        makes minibatches of ``batch_size``
     :param value_sample_ratio: the same for the value's phase
-    :param policy_learning_rate: rate of the policy instead, with ``separate_phases``
-    :param value_learning_rate: rate of the value instead, with ``separate_phases``
-    :param value_stop_mse: with ``separate_phases``: the value's phase ends once 1/2 mean (V - V_old)^2 is above this
-    :param kwargs: `OnPolicyKwargs`
+    :param policy_learning_rate: rate of the policy instead of ``learning_rate``
+    :param value_learning_rate: rate of the value instead of ``learning_rate``
+    :param value_stop_mse: the value's phase ends once 1/2 mean (V - V_old)^2 is above this, in squared reward units
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for spaces that PPO cannot take
@@ -112,52 +122,53 @@ class PPOX(OnPolicyMixin, PPO):
         env: GymEnv | str,
         learning_rate: float | str | Schedule = 3e-4,
         n_steps: int = 2048,
-        batch_size: int = 64,
-        n_epochs: int = 10,
-        *,
-        clip_range: float | Schedule = 0.2,
-        clip_range_vf: float | Schedule | None = None,
-        clip_range_vf_mode: str = "clipped",
+        batch_size: PositiveInt = 64,
+        n_epochs: PositiveInt = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: Rate = 0.2,
+        clip_range_vf: Rate | None = None,
         normalize_advantage: bool = True,
-        normalize_advantage_over: str = "minibatch",
+        ent_coef: float = 0.0,
         vf_coef: float = 0.5,
         max_grad_norm: float | dict[str, float] | None = 0.5,
-        target_kl: float | None = None,
-        surrogate: str = "clip",
-        kl_target: float | None = None,
-        kl_coef: float | None = None,
-        kl_stop: float | None = None,
-        kl_stop_estimator: str = "k3",
-        kl_stop_every: str = "epoch",
-        kl_stop_scope: str = "both",
-        separate_phases: bool = False,
-        policy_epochs: int | None = None,
-        value_epochs: int | None = None,
-        policy_sample_ratio: float | None = None,
-        value_sample_ratio: float | None = None,
-        policy_learning_rate: float | str | Schedule | None = None,
-        value_learning_rate: float | str | Schedule | None = None,
-        value_stop_mse: float | None = None,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: NonNegative | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
         _init_setup_model: bool = True,
-        **kwargs: Any,
+        *,
+        clip_range_vf_mode: Annotated[Literal["clipped", "max"], Needs("clip_range_vf")] = "clipped",
+        normalize_advantage_over: Literal["minibatch", "buffer"] = "minibatch",
+        surrogate: Literal["clip", "penalty"] = "clip",
+        kl_target: Annotated[Positive | None, PENALISED] = None,
+        kl_coef: Annotated[NonNegative | None, PENALISED] = None,
+        kl_stop: Annotated[NonNegative | None, Excludes("target_kl")] = None,
+        kl_stop_estimator: Literal["k1", "k3"] = "k3",
+        kl_stop_every: Literal["minibatch", "epoch"] = "epoch",
+        kl_stop_scope: Annotated[Literal["both", "policy"], APART] = "both",
+        separate_phases: Annotated[bool, Acts.NEVER] = False,
+        policy_epochs: Annotated[PositiveInt | None, APART] = None,
+        value_epochs: Annotated[PositiveInt | None, APART] = None,
+        policy_sample_ratio: Annotated[Share | None, APART] = None,
+        value_sample_ratio: Annotated[Share | None, APART] = None,
+        policy_learning_rate: Annotated[Rate | None, APART] = None,
+        value_learning_rate: Annotated[Rate | None, APART] = None,
+        value_stop_mse: Annotated[NonNegative | None, APART] = None,
+        rollout: Literal["steps", "episodes"] = "steps",
+        rollout_episodes: int = 16,
+        drop_unfinished_episodes: bool = False,
+        engine: bool = True,
     ) -> None:
-        check_sizes(n_steps, batch_size, normalize_advantage)  # SB3 computes with them first
-        super().__init__(
-            policy,
-            env,
-            learning_rate,
-            n_steps,
-            batch_size,
-            n_epochs,
-            clip_range=clip_range,
-            clip_range_vf=clip_range_vf,
-            normalize_advantage=normalize_advantage,
-            vf_coef=vf_coef,
-            max_grad_norm=max_grad_norm,
-            target_kl=target_kl,
-            _init_setup_model=False,
-            **kwargs,
-        )
+        check_batch_size(batch_size, normalize_advantage)  # SB3 computes with it first
+        super().__init__(**passed_on(PPOX, locals()), _init_setup_model=False)
         self.clip_range_vf_mode = clip_range_vf_mode
         self.normalize_advantage_over = normalize_advantage_over
         self.surrogate = surrogate
@@ -176,13 +187,15 @@ class PPOX(OnPolicyMixin, PPO):
         self.value_learning_rate = value_learning_rate
         self.value_stop_mse = value_stop_mse
         if surrogate == "penalty":
-            check_clip_range_is_default(clip_range)
+            check_clip_range_is_default(clip_range)  # not in `_check_arguments`: RL Zoo's enjoy gives a model another one
         if _init_setup_model:
             self._setup_model()
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        check_ppox_arguments(self)
+        check_batch_size(self.batch_size, self.normalize_advantage)
+        if self.clip_range_vf is not None and self.clip_range_vf(1.0) == 0:  # type: ignore[operator]  # a schedule
+            raise ArgumentError("clip_range_vf must be > 0, or None for no clipping, got 0")
 
     def _setup_model(self) -> None:
         self._read_arguments()
@@ -369,3 +382,24 @@ class PPOX(OnPolicyMixin, PPO):
         if "policy.value_optimizer" in parameters and not self.separate_phases:
             raise ArgumentError("separate_phases must stay True for a model with two optimizers, got False")
         return super()._translated_parameters(parameters)
+
+
+def check_batch_size(batch_size: Any, normalize_advantage: Any) -> None:
+    """
+    :param batch_size: argument of `PPOX`
+    :param normalize_advantage: argument of `PPOX`; a single advantage has no standard deviation
+    :raises TypeError: if the size is not an integer
+    :raises ValueError: if it is too small
+    """
+    if normalize_advantage:
+        check_number("batch_size with normalize_advantage=True", batch_size, low=2, integer=True)
+
+
+def check_clip_range_is_default(clip_range: Any) -> None:
+    """
+    :param clip_range: argument of `PPOX`, or what RL Zoo makes of it
+    :raises ValueError: if it is not 0.2
+    """
+    schedule = as_schedule("clip_range", clip_range)
+    if {schedule(1.0), schedule(0.0)} != {0.2}:
+        raise ArgumentError(f'clip_range is an option of surrogate="clip", got {clip_range!r} with surrogate="penalty"')
