@@ -38,6 +38,14 @@ class Argument:
         """When another value acts that is set on a model which is there."""
         return next(self.of_kind(Acts), Acts.UPDATE)
 
+    def check(self, value: Any) -> None:
+        """
+        :raises TypeError: if ``value`` is of the wrong type
+        :raises ValueError: if it is out of range
+        """
+        if value is not self.default:  # which is legal
+            check(self.name, value, self.annotation)
+
     def is_default(self, value: Any) -> bool:
         """Whether ``value`` is its default."""
         try:
@@ -94,7 +102,7 @@ def check_given(cls: type, given: Mapping[str, Any]) -> None:
     """
     arguments = arguments_of(cls)
     for name in given.keys() & arguments.keys():
-        check(name, given[name], arguments[name].annotation)
+        arguments[name].check(given[name])
 
 
 def check_arguments(cls: type, value_of: Callable[[str], Any]) -> None:
@@ -108,9 +116,11 @@ def check_arguments(cls: type, value_of: Callable[[str], Any]) -> None:
     """
     arguments = arguments_of(cls)
     values = {name: value_of(name) for name in arguments}
-    for name, value in values.items():
-        check(name, value, arguments[name].annotation)
-    for name, argument in arguments.items():
+    changed = [argument for name, argument in arguments.items() if values[name] is not argument.default]
+    for argument in changed:
+        argument.check(values[argument.name])
+    for argument in changed:
+        name = argument.name
         if argument.is_default(values[name]):
             continue
         for needed in argument.of_kind(Needs):
@@ -154,6 +164,7 @@ def _constructors(cls: type, behind: bool = False) -> Iterator[tuple[type, dict[
             return
 
 
+@cache
 def takes_anything(cls: type) -> bool:
     """
     :param cls: any class

@@ -21,6 +21,9 @@ from sb3_ac_ext.base.signatures import arguments_of, check_arguments, documented
 from sb3_ac_ext.engine import Engine, Network
 from sb3_ac_ext.validation import NonFiniteError, check_keys, check_mapping, check_number
 
+ATTRIBUTES = {"stats_window_size": "_stats_window_size", "policy": "policy_class"}
+"""Where SB3 keeps arguments under other names than theirs."""
+
 
 class TrainingMixin(BaseAlgorithm):
     """
@@ -67,8 +70,8 @@ class TrainingMixin(BaseAlgorithm):
 
     def _argument(self, name: str) -> Any:
         """The value that a constructor's argument has now."""
-        attribute = {"stats_window_size": "_stats_window_size", "policy": "policy_class"}.get(name, name)
-        return getattr(self, attribute, arguments_of(type(self))[name].default)  # a user's class need not keep it
+        default = arguments_of(type(self))[name].default  # a user's class need not keep it
+        return getattr(self, ATTRIBUTES.get(name, name), default)
 
     def _networks(self) -> Mapping[str, Network]:
         """The networks that are trained, by their names, as everything is now; see `_network`."""
