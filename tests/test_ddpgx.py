@@ -21,6 +21,7 @@ from sb3_ac_ext import DDPGX
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.ddpgx.networks import LateActionCritic
 from sb3_ac_ext.ddpgx.parameter_noise import ParameterNoise, action_distance, perturbed_parameters
+from sb3_ac_ext.validation import NonFiniteError
 
 SMALL: dict[str, Any] = {"net_arch": [16, 12]}
 LATE = {**SMALL, "action_layer": 1}
@@ -401,6 +402,13 @@ def test_exploration_share_is_silent_while_actions_are_uniform() -> None:
 def test_std_adapts_towards_the_distance(distance: float, expected: float) -> None:
     noise = ParameterNoise.parse({**PARAMETER_NOISE, "coefficient": 1.5})
     assert noise.adapted(0.1, distance) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("noise", [{"std": 3e38, "distance": 1e-9}, {**PARAMETER_NOISE, "coefficient": 3e38, "interval": 1}])
+def test_noise_that_overflows_stops_before_the_action(noise: dict[str, Any]) -> None:
+    """By an error that a search prunes on."""
+    with pytest.raises(NonFiniteError, match=r"actions became non-finite with parameter_noise=.* whose std is \S+ by now"):
+        make(parameter_noise=noise, learning_starts=4, learning_rate=0.0).learn(50)
 
 
 def test_distance_is_the_root_mean_square_over_observations_and_components() -> None:

@@ -33,7 +33,7 @@ from sb3_ac_ext.ddpgx.parameter_noise import ParameterNoise, ParameterNoiseOptio
 from sb3_ac_ext.ddpgx.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.losses import squared_error, td_errors, td_target
-from sb3_ac_ext.validation import Acts, ArgumentError, NonNegative
+from sb3_ac_ext.validation import Acts, ArgumentError, NonFiniteError, NonNegative
 
 
 class DDPGX(OffPolicyMixin, DDPG):
@@ -222,7 +222,13 @@ class DDPGX(OffPolicyMixin, DDPG):
     def _act_perturbed(self) -> np.ndarray:
         assert self._last_obs is not None and self._last_episode_starts is not None and self._parameter_noise_std is not None
         observations, _ = self.policy.obs_to_tensor(self._last_obs)
-        return self._perturbed.act(self.actor, observations, self._last_episode_starts, self._parameter_noise_std)
+        actions = self._perturbed.act(self.actor, observations, self._last_episode_starts, self._parameter_noise_std)
+        if not np.isfinite(actions).all():
+            raise NonFiniteError(
+                f"{type(self).__name__}: actions became non-finite with parameter_noise={self.parameter_noise!r}, whose std "
+                f"is {self._parameter_noise_std} by now; make it or its coefficient smaller"
+            )
+        return actions
 
     def _store_transition(
         self, replay_buffer: Any, buffer_action: Any, new_obs: Any, reward: Any, dones: Any, infos: Any
