@@ -187,7 +187,7 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         check_normalisation(self.env)
 
     def _setup_model(self) -> None:
-        if not self.centralised:
+        if self.centralised is False:
             self.policy_kwargs = {**self.policy_kwargs, "centralised": False}  # not in the caller's dict
         super()._setup_model()
 

@@ -155,7 +155,7 @@ class SACX(OffPolicyMixin, SAC):
             self._setup_model()
 
     def _check_arguments(self) -> None:
-        check_policy_class(self, MlpPolicy if self.value_network else SACPolicy)
+        check_policy_class(self, MlpPolicy if self.value_network is True else SACPolicy)
         super()._check_arguments()
         self.target_entropy = target_entropy_in(self.action_space, self.target_entropy)  # as SB3 does
         automatic, _ = parse_ent_coef("ent_coef", self.ent_coef)
@@ -169,7 +169,7 @@ class SACX(OffPolicyMixin, SAC):
 
     def _setup_model(self) -> None:
         self.log_ent_coef, self.ent_coef_optimizer = None, None  # not those of an earlier setup
-        if self.value_network:
+        if self.value_network is True:  # anything else is refused below
             self.policy_kwargs = {**self.policy_kwargs, "value_network": True}  # not in the caller's dict
         super()._setup_model()
         _, ent_coef = parse_ent_coef("ent_coef", self.ent_coef)
