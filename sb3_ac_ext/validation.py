@@ -145,6 +145,24 @@ def _error(name: str, value: Any, kind: Any, constraints: tuple[Any, ...]) -> ty
     return None
 
 
+def plain(value: Any, annotation: Any) -> Any:
+    """
+    :param value: what `check` took
+    :param annotation: as for `check`
+    :return: with numbers of other libraries as Python's, as random generators, queues and slices take no others
+    """
+    if type(value) in (bool, int, float, str, NoneType) or annotation is Any:
+        return value
+    if hasattr(value, "item") and not isinstance(value, type):
+        return value.item()
+    if type(value) in (tuple, list):
+        return type(value)(plain(part, None) for part in value)
+    if isinstance(value, Mapping) and all(kind != dict[str, Any] for kind, _ in alternatives(annotation)):
+        parts = {key: plain(part, None) for key, part in value.items()}
+        return value if all(parts[key] is value[key] for key in parts) else parts  # the user's, who may change it
+    return value
+
+
 def shown(value: Any) -> str:
     """A value in a message: not longer than a line or two, and without an error of its own."""
     try:

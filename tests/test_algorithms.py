@@ -118,6 +118,29 @@ def test_same_seed_same_parameters(row: str) -> None:
 
 
 @rows()
+def test_numbers_of_any_library(row: str, tmp_path: Any) -> None:
+    """As arguments, and in dicts: the same parameters as by Python's numbers."""
+
+    def arguments(integer: Any, number: Any) -> dict[str, Any]:
+        noise = {"exploration_noise": {"type": "normal", "start": number(0.5), "end": number(0.25), "steps": integer(20)}}
+        common = {"seed": integer(3), "stats_window_size": integer(2), "gamma": number(0.5), "learning_rate": number(0.125)}
+        return {**common, **({"buffer_size": integer(100), "batch_size": integer(4), **noise} if row in OFF_POLICY else {})}
+
+    expected = small_model(row, **arguments(int, float))
+    expected.learn(30)
+    for library in ((np.int64, np.float32), (np.array, np.array), (th.tensor, th.tensor)):
+        actual = small_model(row, **arguments(*library))
+        actual.learn(30)
+        assert th.equal(numbers(actual), numbers(expected))
+        assert (type(actual.gamma), type(actual.seed)) == (float, int)
+    expected.save(tmp_path / "model")
+    loaded = type(expected).load(tmp_path / "model", environment(row), gamma=th.tensor(0.5), seed=np.int64(3))
+    assert type(loaded.gamma) is float
+    assert type(loaded.seed) is int
+    loaded.learn(30)
+
+
+@rows()
 def test_vec_normalize(row: str) -> None:
     env = VecNormalize(make_vec_env(lambda: RandomEnv(BOX, CONTINUOUS), n_envs=2))
     model = small_model(row, env=env).learn(40)

@@ -22,6 +22,7 @@ from sb3_ac_ext.validation import (
     check,
     check_number,
     legal,
+    plain,
 )
 
 
@@ -158,3 +159,30 @@ def test_messages_are_short_and_never_fail() -> None:
         with pytest.raises(ArgumentError) as caught:
             check("x", value, PositiveInt)
         assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.int64(3), 3),
+        (np.float32(0.5), 0.5),
+        (np.array(3), 3),
+        (th.tensor([0.5]), 0.5),
+        ((np.int64(2), "episode"), (2, "episode")),
+        ({"start": th.tensor(2), "type": "normal"}, {"start": 2, "type": "normal"}),
+    ],
+    ids=repr,
+)
+def test_numbers_of_any_library_become_pythons(value: Any, expected: Any) -> None:
+    made = plain(value, int)
+    assert repr(made) == repr(expected)
+
+
+@pytest.mark.parametrize("value", [3, "lin_1", None, {"start": 0.1}, np.int64, len], ids=repr)
+def test_what_is_pythons_stays_as_it_is(value: Any) -> None:
+    assert plain(value, int) is value
+
+
+def test_dicts_of_anything_stay_as_they_are() -> None:
+    value = {"lr": th.tensor(0.1)}
+    assert plain(value, dict[str, Any] | None) is value

@@ -79,7 +79,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         engine: bool = True,
         **kwargs: Any,
     ) -> None:
-        check_given(type(self), kwargs)
+        kwargs = check_given(type(self), kwargs)
         self._replay_buffer: ReplayBuffer | None = None
         self._sampler: tuple[int, replay.Sampler] | None = None
         self._noise: NoiseSchedule | None = None

@@ -74,7 +74,7 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         engine: bool = True,
         **kwargs: Any,
     ) -> None:
-        check_given(type(self), kwargs)
+        kwargs = check_given(type(self), kwargs)
         self.rollout = rollout
         self.rollout_episodes = rollout_episodes
         self.drop_unfinished_episodes = drop_unfinished_episodes

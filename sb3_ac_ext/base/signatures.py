@@ -10,7 +10,7 @@ from inspect import Parameter
 from types import MappingProxyType
 from typing import Any, get_type_hints
 
-from sb3_ac_ext.validation import Acts, ArgumentError, Excludes, Needs, alternatives, check, legal
+from sb3_ac_ext.validation import Acts, ArgumentError, Excludes, Needs, alternatives, check, legal, plain
 
 NOT_ARGUMENTS = frozenset({"self", "_init_setup_model"})
 
@@ -93,16 +93,18 @@ def passed_on(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in names}
 
 
-def check_given(cls: type, given: Mapping[str, Any]) -> None:
+def check_given(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     :param cls: an algorithm
     :param given: arguments that SB3's constructor is about to compute with
+    :return: the same, with Python's numbers
     :raises TypeError: if one is of the wrong type
     :raises ValueError: if one is out of range
     """
     arguments = arguments_of(cls)
     for name in given.keys() & arguments.keys():
         arguments[name].check(given[name])
+    return {name: plain(value, arguments[name].annotation) if name in arguments else value for name, value in given.items()}
 
 
 def check_arguments(cls: type, value_of: Callable[[str], Any]) -> None:

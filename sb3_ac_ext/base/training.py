@@ -19,7 +19,7 @@ from sb3_ac_ext.base.declarations import CommonArguments
 from sb3_ac_ext.base.schedules import as_schedule
 from sb3_ac_ext.base.signatures import arguments_of, check_arguments, documented
 from sb3_ac_ext.engine import Engine, Network
-from sb3_ac_ext.validation import NonFiniteError, check_keys, check_mapping, check_number
+from sb3_ac_ext.validation import NonFiniteError, check_keys, check_mapping, check_number, plain
 
 ATTRIBUTES = {"stats_window_size": "_stats_window_size", "policy": "policy_class"}
 """Where SB3 keeps arguments under other names than theirs."""
@@ -66,6 +66,10 @@ class TrainingMixin(BaseAlgorithm):
         :raises UnsupportedError: if the spaces or a combination of arguments cannot be served
         """
         check_arguments(type(self), self._argument)
+        for name, argument in arguments_of(type(self)).items():
+            attribute = ATTRIBUTES.get(name, name)
+            if attribute in vars(self):
+                setattr(self, attribute, plain(vars(self)[attribute], argument.annotation))
         check_kwargs("policy_kwargs", self.policy_kwargs, self.policy_class, POLICY_GETS)
 
     def _argument(self, name: str) -> Any:
