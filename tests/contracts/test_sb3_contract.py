@@ -277,12 +277,17 @@ def positional(cls: Any, until: str | None = None) -> dict[str, Any]:
         "device": "cpu",
     }
     if issubclass(cls, OnPolicyAlgorithm):
-        values |= {"n_steps": 10, "n_epochs": 3}
+        values |= {
+            **{"n_steps": 10, "n_epochs": 3, "gae_lambda": 0.7, "clip_range": 0.1, "clip_range_vf": 0.3, "vf_coef": 0.4},
+            **{"normalize_advantage": False, "max_grad_norm": 0.6, "target_kl": 0.9, "rollout_buffer_kwargs": {}},
+            "rollout_buffer_class": type("Own", (RolloutBuffer,), {}),
+        }
     names = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "_init_setup_model")]
     return {name: values[name] for name in names[: None if until is None else names.index(until) + 1]}
 
 
 NOT_COMPARED = {"policy", "env", "policy_kwargs", "replay_buffer_kwargs", "device", "learning_rate"}
+SCHEDULES = {"clip_range", "clip_range_vf"}
 
 
 @pytest.mark.parametrize(
@@ -291,18 +296,30 @@ NOT_COMPARED = {"policy", "env", "policy_kwargs", "replay_buffer_kwargs", "devic
         *itertools.product(
             SB3_OFF_POLICY, ["learning_rate", "learning_starts", "train_freq", "optimize_memory_usage", "n_steps", None]
         ),
-        *itertools.product(SB3_ON_POLICY, ["learning_rate", "batch_size", "n_epochs"]),
+        *itertools.product(SB3_ON_POLICY, ["learning_rate", "batch_size", "n_epochs", None]),
     ],
 )
 def test_positional_arguments_in_sb3s_order(row: str, until: str | None) -> None:
     values = positional(SB3[row], until)
     ours, theirs = algorithm_class(row)(*values.values()), SB3[row](*values.values())
-    for name in values.keys() - NOT_COMPARED:
+    for name in values.keys() & SCHEDULES:
+        assert getattr(ours, name)(1.0) == getattr(theirs, name)(1.0) == values[name]
+    for name in values.keys() - NOT_COMPARED - SCHEDULES:
         name = {"stats_window_size": "_stats_window_size"}.get(name, name)
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.lr_schedule(1.0) == theirs.lr_schedule(1.0) == 2e-3
     if row in OFF_POLICY:
         assert type(ours.replay_buffer) is type(theirs.replay_buffer)
+
+
+@pytest.mark.parametrize("row", [*SB3, "trpox"])
+def test_signatures_begin_with_sb3s(row: str) -> None:
+    """In its order and with its defaults; what is ours is given by name."""
+    cls: Any = algorithm_class(row)
+    ours, theirs = (inspect.signature(kind).parameters for kind in (cls, cls.sb3_class))
+    assert [name for name, one in ours.items() if one.kind is one.POSITIONAL_OR_KEYWORD] == list(theirs)
+    assert {name: ours[name].default for name in theirs} == {name: one.default for name, one in theirs.items()}
+    assert all(one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) for one in ours.values())
 
 
 def test_positional_arguments_of_several_agents_are_ddpgs() -> None:
