@@ -186,20 +186,17 @@ class PPOX(OnPolicyMixin, PPO):
         self.policy_learning_rate = policy_learning_rate
         self.value_learning_rate = value_learning_rate
         self.value_stop_mse = value_stop_mse
-        if surrogate == "penalty":
-            check_clip_range_is_default(clip_range)  # not in `_check_arguments`: RL Zoo's enjoy gives a model another one
         if _init_setup_model:
             self._setup_model()
+            if surrogate == "penalty":
+                check_clip_range_is_default(clip_range)  # only here: RL Zoo's enjoy loads a model with another one
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
+        self._read_arguments()
         check_batch_size(self.batch_size, self.normalize_advantage)
         if self.clip_range_vf is not None and self.clip_range_vf(1.0) == 0:  # type: ignore[operator]  # a schedule
             raise ArgumentError("clip_range_vf must be > 0, or None for no clipping, got 0")
-
-    def _setup_model(self) -> None:
-        self._read_arguments()
-        super()._setup_model()
 
     def _read_arguments(self) -> None:
         """Schedules, and the penalty that a new start is given for; a loaded model goes on with its own."""
@@ -391,7 +388,7 @@ def check_batch_size(batch_size: Any, normalize_advantage: Any) -> None:
     :raises TypeError: if the size is not an integer
     :raises ValueError: if it is too small
     """
-    if normalize_advantage:
+    if normalize_advantage is True:  # what is no bool is refused elsewhere
         check_number("batch_size with normalize_advantage=True", batch_size, low=2, integer=True)
 
 

@@ -117,10 +117,10 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
     def _check_policy_class(self) -> None:
         if not issubclass(self.policy_class, QMlpPolicy):  # which is no alias
             super()._check_policy_class()
-        self.policy_class = fitting_policy(self.policy_class, self.critic, self.deterministic_policy)
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
+        self.policy_class = fitting_policy(self.policy_class, self.critic, self.deterministic_policy)
         if self.deterministic_policy:
             self._check_deterministic()
         check_policy_class(self, ActorCriticPolicy)
