@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,20 +19,25 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from rl_zoo3 import ALGOS
 from rl_zoo3.exp_manager import ExperimentManager
-from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.zoo import patch
+from sb3_ac_ext.zoo.precedence import drop_contradicted
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec, data_dir
+from sb3_ac_ext.zoo.samplers import off_policy
+from sb3_ac_ext.zoo.samplers.searched import Searched, searched
 
 # the Zoo's space has batches that are larger than a rollout; SB3 warns of them and takes the whole rollout
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 
-DRAWS = 300
+DRAWS = 500
 OFF_POLICY = {"learning_starts": 5, "batch_size": 4, "buffer_size": 100}
 ON_POLICY = {"n_steps": 6, "batch_size": 6, "n_epochs": 2}
 """What trains soon, so far as an algorithm has it."""
@@ -41,6 +46,8 @@ OF_THE_ENVIRONMENT = {"n_timesteps", "n_envs", "normalize", "env_wrapper", "fram
 WITHOUT_HER = {"using_her_replay_buffer": False, "her_kwargs": {}}
 HER_KWARGS = {"copy_info_dict": True, "n_sampled_goal": 9}
 WITH_HER = {"using_her_replay_buffer": True, "her_kwargs": HER_KWARGS}
+OWN_NOISE = {"exploration_noise": {"type": "normal", "start": 0.7, "end": 0.1, "steps": 500}, "warmup": "noise"}
+"""What a search leaves alone."""
 
 with_her = [
     spec for spec in ALGORITHMS if issubclass(spec.cls, OffPolicyAlgorithm) and "MultiInputPolicy" in spec.cls.policy_aliases
@@ -54,7 +61,12 @@ every_search = pytest.mark.parametrize(
 
 
 def draw(
-    spec: AlgoSpec, additional_args: dict[str, Any], number: int = DRAWS, storage: Any = None
+    spec: AlgoSpec,
+    additional_args: dict[str, Any],
+    number: int,
+    storage: Any = None,
+    entry: dict[str, Any] | None = None,
+    n_timesteps: int = 100_000,
 ) -> Iterator[tuple[int, dict[str, Any], optuna.Trial]]:
     """
     :return: number of actions, what the sampler made of the trial, the trial
@@ -66,15 +78,23 @@ def draw(
     for index in range(number):
         trial = study.ask()
         n_actions = 1 + index % 6
-        yield n_actions, spec.sample(trial, n_actions, 1, dict(additional_args)), trial
+        token = searched.set(Searched(entry or {}, n_timesteps))
+        sampled = spec.sample(trial, n_actions, 1, dict(additional_args))
+        searched.reset(token)
+        yield n_actions, sampled, trial
         study.tell(trial, index)
 
 
 @cache
-def drawn(name: str) -> list[dict[str, Any]]:
-    """What the sampler of a row made of many trials."""
+def many(name: str, her: bool) -> list[tuple[int, dict[str, Any], optuna.Trial]]:
+    """What the sampler of a row made of many trials, for every test to read."""
     spec = next(spec for spec in ALGORITHMS if spec.name == name)
-    return [sampled for _, sampled, _ in draw(spec, WITHOUT_HER)]
+    return list(draw(spec, WITH_HER if her else WITHOUT_HER, DRAWS))
+
+
+def drawn(name: str) -> list[dict[str, Any]]:
+    """The same without HER, the arguments alone."""
+    return [sampled for _, sampled, _ in many(name, her=False)]
 
 
 def as_arguments(hyperparams: dict[str, Any], n_actions: int) -> dict[str, Any]:
@@ -85,20 +105,25 @@ def as_arguments(hyperparams: dict[str, Any], n_actions: int) -> dict[str, Any]:
 
 def assert_same_noise(in_search: Any, from_file: Any) -> None:
     if in_search is None:
-        assert not np.any(from_file._sigma) and not np.any(from_file._mu)
+        assert from_file is None or not (np.any(from_file._sigma) or np.any(from_file._mu))
     else:
         assert type(in_search) is type(from_file)
         for name in ("_mu", "_sigma"):
             np.testing.assert_array_equal(getattr(in_search, name), getattr(from_file, name))
 
 
+@cache
+def environment(n_actions: int, her: bool) -> VecEnv:
+    """Of the right size; nothing in it matters."""
+    env = BitFlippingEnv(n_actions, continuous=True, max_steps=5) if her else None
+    return make_vec_env(lambda: env or TimeLimit(RandomEnv(BOX, spaces.Box(-2, 2, (n_actions,))), 7))
+
+
 def build(spec: AlgoSpec, n_actions: int, her: bool, arguments: dict[str, Any]) -> BaseAlgorithm:
-    """A model as the search makes it, on an environment of the right size in which nothing matters."""
+    """A model as the search makes it."""
     if her:
-        env = BitFlippingEnv(n_actions, continuous=True, max_steps=5)
-        return spec.cls("MultiInputPolicy", env, device="cpu", **{"replay_buffer_class": HerReplayBuffer, **arguments})
-    env = TimeLimit(RandomEnv(BOX, spaces.Box(-2, 2, (n_actions,))), 7)
-    return spec.cls("MlpPolicy", env, device="cpu", **arguments)
+        arguments = {"replay_buffer_class": HerReplayBuffer, **arguments}
+    return spec.cls("MultiInputPolicy" if her else "MlpPolicy", environment(n_actions, her), device="cpu", **arguments)
 
 
 def with_tiny_networks(sampled: dict[str, Any]) -> dict[str, Any]:
@@ -109,10 +134,14 @@ def with_tiny_networks(sampled: dict[str, Any]) -> dict[str, Any]:
 @every_search
 def test_every_draw_is_accepted_by_the_constructor(spec: AlgoSpec, additional_args: dict[str, Any]):
     her = additional_args["using_her_replay_buffer"]
-    for n_actions, sampled, _ in draw(spec, additional_args, number=DRAWS // 3):
+    for n_actions, sampled, trial in many(spec.name, her):
         assert set(sampled) <= constructor_keys(spec.cls)
         assert set(sampled.get("replay_buffer_kwargs", {})) <= set(inspect.signature(HerReplayBuffer).parameters)
-        build(spec, n_actions, her, with_tiny_networks(sampled))
+        # of the off-policy ones, which take most of the time, there are few kinds
+        with_networks = trial.number < 100 or not is_off_policy(spec)
+        model = build(spec, n_actions, her, {**with_tiny_networks(sampled), "_init_setup_model": with_networks})
+        if not with_networks:
+            model._check_arguments()
 
 
 @every_search
@@ -136,16 +165,23 @@ def test_her_keeps_the_files_arguments_and_the_sampled_ones_win(spec: AlgoSpec):
 @every_search
 def test_stored_trial_means_what_was_sampled(spec: AlgoSpec, additional_args: dict[str, Any]):
     """By way of JSON and of the config that a run saves; the converter works on a copy."""
-    for n_actions, sampled, trial in draw(spec, additional_args):
+    for n_actions, sampled, trial in many(spec.name, additional_args["using_her_replay_buffer"]):
         in_storage = json.loads(json.dumps(trial.params))
         converted = spec.convert(in_storage)
         assert in_storage == trial.params
         if trial.number < 20:
             assert yaml.load(yaml.dump(converted), Loader=yaml.UnsafeLoader) == converted
-        stored = as_arguments(converted, n_actions)
-        if "action_noise" in sampled:
-            assert_same_noise(sampled.pop("action_noise"), stored.pop("action_noise"))
-        assert stored == sampled
+        assert_same_arguments(sampled, as_arguments(converted, n_actions))
+
+
+def assert_same_arguments(in_search: dict[str, Any], from_file: dict[str, Any]) -> None:
+    assert_same_noise(in_search.get("action_noise"), from_file.get("action_noise"))
+    for arguments in (in_search, from_file):
+        assert arguments.get("action_noise") is None or arguments.get("exploration_noise") is None
+    without_noise = [
+        {name: value for name, value in arguments.items() if name != "action_noise"} for arguments in (in_search, from_file)
+    ]
+    assert without_noise[0] == without_noise[1]
 
 
 @pytest.mark.parametrize(
@@ -153,12 +189,8 @@ def test_stored_trial_means_what_was_sampled(spec: AlgoSpec, additional_args: di
     [pytest.param(spec, "journal", id=f"{spec.name}-journal") for spec in ALGORITHMS]
     + [pytest.param(spec, "sqlite", id=f"{spec.name}-sqlite") for spec in ALGORITHMS if spec.name in ("td3x", "ppox")],
 )
-def test_trial_id_builds_the_model_that_the_search_scored(
-    spec: AlgoSpec, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_trial_id_builds_the_model_that_the_search_scored(spec: AlgoSpec, backend: str, tmp_path: Path):
     """Through the Zoo's manager, from a study on disk, and once more from the config that the first run saves."""
-    monkeypatch.setitem(ALGOS, spec.name, spec.cls)
-    monkeypatch.setitem(HYPERPARAMS_CONVERTER, spec.name, spec.convert)
     path = str(tmp_path / "study.log") if backend == "journal" else f"sqlite:///{tmp_path}/study.db"
     storage = JournalStorage(JournalFileBackend(path)) if backend == "journal" else path
     samples = [sampled for _, sampled, _ in draw(spec, WITHOUT_HER, number=6, storage=storage)]
@@ -175,6 +207,7 @@ def test_trial_id_builds_the_model_that_the_search_scored(
 
 
 def manager(spec: AlgoSpec, folder: Path, **kwargs: Any) -> ExperimentManager:
+    patch.register()
     return ExperimentManager(
         SimpleNamespace(), spec.name, "Pendulum-v1", str(folder), eval_freq=-1, device="cpu", verbose=0, **kwargs
     )
@@ -195,47 +228,72 @@ def assert_model_has(sampled: dict[str, Any], model: BaseAlgorithm) -> None:
     assert model.policy_kwargs.items() >= sampled["policy_kwargs"].items()
     if "train_freq" in sampled:
         assert model.train_freq.frequency == sampled["train_freq"]
-    if "action_noise" in sampled:
+    if "action_noise" in sampled and sampled["exploration_noise"] is None:
         # the study drew for several numbers of actions, with one std for all of them
         std = 0.0 if sampled["action_noise"] is None else sampled["action_noise"]._sigma[0]
         np.testing.assert_array_equal(model.action_noise._sigma, [std])
 
 
 def entries_of(spec: AlgoSpec) -> list[dict[str, Any]]:
-    """The different entries of the algorithm's files, as the Zoo hands them to the search, and one that fixes every rate."""
+    """
+    The different entries of the algorithm's files as the Zoo hands them to the search, one that fixes every rate, and one with
+    noise of ours.
+    """
     files = [spec.config, *sorted(data_dir("zoo_configs").glob(f"{spec.name}_*.yml"))]
     contents = [values for file in files for values in yaml.safe_load(file.read_text()).values()]
     texts = {yaml.dump({key: value for key, value in values.items() if key not in OF_THE_ENVIRONMENT}) for values in contents}
     entries = [yaml.safe_load(text) for text in sorted(texts)]
     rates = {name for name in constructor_keys(spec.cls) if name.endswith("_learning_rate")}
-    return [*entries, {**entries[0], **dict.fromkeys(rates, 0.123)}]
+    with_rates = {**entries[0], **dict.fromkeys(rates, 0.123)}
+    noise = {**OWN_NOISE, "parameter_noise": {"std": 0.05, "distance": 0.2}}
+    noise = {name: value for name, value in noise.items() if name in constructor_keys(spec.cls)}
+    without_noise = {name: value for name, value in entries[0].items() if name not in ("noise_type", "noise_std")}
+    return [*entries, with_rates, *([{**without_noise, **noise}] if noise else [])]
+
+
+def is_off_policy(spec: AlgoSpec) -> bool:
+    return issubclass(spec.cls, OffPolicyAlgorithm)
+
+
+def with_trial(entry: dict[str, Any], converted: dict[str, Any]) -> dict[str, Any]:
+    """What `--trial-id` makes of a file's entry."""
+    hyperparams = {**entry, **converted}
+    drop_contradicted(hyperparams, dict.fromkeys(converted, 1))
+    return hyperparams
 
 
 def test_sampled_values_hold_whatever_the_file_says(spec: AlgoSpec):
-    """A noise that decays, a warm-up with noise or a rate of the actor would contradict a trial or make it void."""
+    """A noise that is constant, a warm-up with noise or a rate of the actor would contradict a trial or make it void."""
     for entry in entries_of(spec):
         her = entry.pop("replay_buffer_class", None) is not None
         additional_args = {"using_her_replay_buffer": her, "her_kwargs": entry.get("replay_buffer_kwargs", {})}
-        for n_actions, sampled, trial in draw(spec, additional_args, number=8):
-            searched = {**as_arguments(entry, n_actions), **sampled}
-            loaded = as_arguments({**entry, **spec.convert(trial.params)}, n_actions)
-            for arguments in (searched, loaded):
+        kept = {
+            name: entry[name] for name in ("exploration_noise", "warmup", "parameter_noise") if entry.get(name) is not None
+        }
+        for n_actions, sampled, trial in draw(spec, additional_args, number=8, entry=entry):
+            in_search = {**as_arguments(entry, n_actions), **sampled}
+            loaded = as_arguments(with_trial(entry, spec.convert(trial.params)), n_actions)
+            for arguments in (in_search, loaded):
+                assert kept.items() <= arguments.items()
                 del arguments["policy"]
                 model = build(spec, n_actions, her, with_tiny_networks(arguments))
-                assert "action_noise" not in arguments or model.action_noise is arguments["action_noise"]
-            if "action_noise" in sampled:
-                assert_same_noise(searched.pop("action_noise"), loaded.pop("action_noise"))
-            assert searched == loaded
-            assert 0.123 not in searched.values()
+                if arguments.get("exploration_noise") is not None:
+                    assert model.exploration_noise == arguments["exploration_noise"]
+                elif "action_noise" in arguments:
+                    assert model.action_noise is arguments["action_noise"]
+            assert_same_arguments(in_search, loaded)
+            assert 0.123 not in in_search.values()
 
 
 SWITCH = {False, True}
 REACHED: dict[str, dict[str, set[Any]]] = {
-    "td3x": {"policy_delay": {1, 2, 3, 4}, "critic_layer_norm": SWITCH},
+    "td3x": {"policy_delay": {1, 2, 3, 4}, "critic_layer_norm": SWITCH, "n_steps": {1, 3, 5}},
     "sacx": {
         "ent_coef": {"auto", "auto_0.1", 0.1, 0.01},
         **dict.fromkeys(["critic_layer_norm", "value_network", "exact_log_prob"], SWITCH),
         "action_noise": {None},  # as in the Zoo's space
+        "exploration_noise": {None},
+        "n_steps": {1, 3, 5},
     },
     "ddpgx": {
         "action_layer": {0, 1},
@@ -243,12 +301,14 @@ REACHED: dict[str, dict[str, set[Any]]] = {
         "final_layer_init": {None, 3e-3},
         "critic_weight_decay": {0.0, 1e-4, 1e-3, 1e-2},
         "parameter_noise": {None},  # beside the sampled noise it would be a second one
+        "n_steps": {1, 3, 5},
     },
     "maddpg": {
         "policy_delay": {1, 2, 3, 4},
         "target_policy_noise": {0.0, 0.1, 0.2},
         "logit_penalty": {0.0, 1e-4, 1e-3, 1e-2},
         "n_critics": {1, 2},
+        "n_steps": {None},  # it has one alone
     },
     "trpox": {
         "kl_direction": {"new_old", "old_new"},
@@ -311,9 +371,124 @@ def test_rates_are_multiples_of_the_shared_one(name: str, rate: str, low: float)
     assert 10.0 == pytest.approx(max(ratios), rel=0.1)
 
 
-def test_processes_of_noise_are_all_reached():
-    kinds = {type(sampled["action_noise"]) for sampled in drawn("td3x")}
-    assert kinds == {type(None), NormalActionNoise, OrnsteinUhlenbeckActionNoise}
+with_noise = pytest.mark.parametrize("name", ["td3x", "ddpgx", "maddpg"])
+
+
+@with_noise
+def test_noise_is_none_constant_or_decaying(name: str):
+    spec = next(spec for spec in ALGORITHMS if spec.name == name)
+    kinds, steps = set(), []
+    for _, sampled, trial in draw(spec, WITHOUT_HER, 100, n_timesteps=600):
+        decaying = sampled["exploration_noise"]
+        kinds.add((type(sampled["action_noise"]), decaying and decaying["type"]))
+        if decaying:
+            assert 0 <= decaying["end"] <= decaying["start"] == trial.params["noise_std"]
+            steps.append(decaying["steps"])
+    assert kinds == {
+        (type(None), None),
+        *((NormalActionNoise, None), (OrnsteinUhlenbeckActionNoise, None)),
+        *((type(None), "normal"), (type(None), "ornstein-uhlenbeck")),
+    }
+    assert 60 <= min(steps) < 120 and 500 < max(steps) <= 600  # shares of the training
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"policy": "MultiInputPolicy"},
+        {"policy": "a.policy.of.ones.own"},
+        {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}},
+        {"replay_buffer_class": HerReplayBuffer},
+    ],
+    ids=str,
+)
+def test_steps_are_summed_by_the_buffer_that_can(entry: dict[str, Any]):
+    for spec in with_her:
+        for _, sampled, _ in draw(spec, WITHOUT_HER, 10, entry=entry):
+            assert "n_steps" not in sampled
+        assert not any("n_steps" in sampled for _, sampled, _ in many(spec.name, her=True))
+
+
+def test_updates_are_in_proportion_to_steps():
+    ratios = set()
+    for spec in filter(is_off_policy, ALGORITHMS):
+        for _, sampled, trial in many(spec.name, her=False):
+            ratio = trial.params["update_ratio"]
+            ratios.add(ratio)
+            assert abs(sampled["gradient_steps"] - ratio * sampled["train_freq"]) <= (
+                0.5 if sampled["gradient_steps"] > 1 else 1
+            )
+    assert ratios == {0.25, 0.5, 1.0, 2.0}
+
+
+OLD_TRIAL = {
+    **{"one_minus_gamma": 0.25, "batch_size_pow": 5, "learning_rate": 0.5, "train_freq": 4, "tau": 0.5, "net_arch": "small"},
+    **{"critic_rate_ratio": 2.0, "max_grad_norm": None, "noise_type": "normal", "noise_std": 0.125},
+}
+"""What searches stored before they chose between constant and decaying noise, several steps, and ratios of updates."""
+ITS_VALUES = {
+    **{"gamma": 0.75, "batch_size": 32, "learning_rate": 0.5, "train_freq": 4, "gradient_steps": 4, "tau": 0.5},
+    **{"critic_learning_rate": 1.0, "actor_learning_rate": None, "max_grad_norm": None},
+    **{"noise_type": "normal", "noise_std": 0.125, "exploration_noise": None, "warmup": "uniform"},
+    "policy_kwargs": {"net_arch": [64, 64]},
+}
+
+
+@pytest.mark.parametrize(
+    ("convert", "params", "policy_kwargs", "values"),
+    [
+        (
+            off_policy.convert_td3x,
+            {"critic_layer_norm": True, "policy_delay": 3},
+            {"critic_layer_norm": True},
+            {"policy_delay": 3},
+        ),
+        (
+            off_policy.convert_ddpgx,
+            {"action_layer": 1, "batch_norm": False, "final_layer_init": None, "critic_weight_decay": 0.0},
+            {"action_layer": 1, "batch_norm": False, "final_layer_init": None},
+            {"critic_weight_decay": 0.0, "parameter_noise": None},
+        ),
+        (
+            off_policy.convert_maddpg,
+            {"n_critics": 2, "gumbel_temperature": 0.5, "logit_penalty": 0.0},
+            {"n_critics": 2, "gumbel_temperature": 0.5},
+            {"logit_penalty": 0.0},
+        ),
+    ],
+    ids=["td3x", "ddpgx", "maddpg"],
+)
+def test_trials_of_before_mean_what_they_meant(
+    convert: Callable[..., dict[str, Any]], params: dict[str, Any], policy_kwargs: dict[str, Any], values: dict[str, Any]
+):
+    expected = {**ITS_VALUES, **values, "policy_kwargs": {"net_arch": [64, 64], **policy_kwargs}}
+    assert convert({**OLD_TRIAL, **params}) == expected
+    quiet = {**expected, "noise_type": "normal", "noise_std": 0.0}
+    assert convert({**OLD_TRIAL, **params, "noise_type": None}) == quiet
+
+
+def test_a_search_keeps_the_files_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two trials at once, each in a thread of its own; then one of them from the study."""
+    spec = next(spec for spec in ALGORITHMS if spec.name == "td3x")
+    config, storage = tmp_path / "own.yml", str(tmp_path / "study.log")
+    own = {"n_timesteps": 60, "policy": "MlpPolicy", "learning_starts": 20, "buffer_size": 100, **OWN_NOISE}
+    config.write_text(yaml.dump({"default": own}))
+    study = {"config": str(config), "storage": storage, "study_name": "study"}
+    models = []
+
+    def recorded(**kwargs: Any) -> BaseAlgorithm:
+        models.append(spec.cls(**kwargs))
+        return models[-1]
+
+    monkeypatch.setitem(ALGOS, spec.name, recorded)
+    several = {"n_trials": 2, "n_jobs": 2, "sampler": "random", "n_eval_episodes": 1, "no_optim_plots": True}
+    search = manager(spec, tmp_path, optimize_hyperparameters=True, **several, **study)
+    assert search.setup_experiment() is None
+    search.hyperparameters_optimization()
+    made_by(manager(spec, tmp_path, trial_id=1, **study))
+    assert len(models) == 3
+    for model in models:
+        assert {name: getattr(model, name) for name in OWN_NOISE} == OWN_NOISE
 
 
 def test_what_sacx_draws_goes_together():

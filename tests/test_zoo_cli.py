@@ -72,13 +72,19 @@ def is_off_policy(spec: AlgoSpec) -> bool:
     return issubclass(spec.cls, OffPolicyAlgorithm)
 
 
+def params(**hyperparams: Any) -> list[str]:
+    return ["-params", *(f"{name}:{value!r}" for name, value in hyperparams.items())]
+
+
 def small(spec: AlgoSpec, **hyperparams: Any) -> list[str]:
     """``-params`` that make a training take a second."""
     chosen = {"policy_kwargs": {"net_arch": [16]}, "n_envs": 1, **hyperparams}
     of_the_kind = {"learning_starts": 100, "buffer_size": 2000} if is_off_policy(spec) else {"n_steps": 50, "batch_size": 50}
     chosen |= {name: value for name, value in of_the_kind.items() if name in constructor_keys(spec.cls)}
-    return ["-params", *(f"{name}:{value!r}" for name, value in chosen.items())]
+    return params(**chosen)
 
+
+OWN_NOISE = {"exploration_noise": {"type": "normal", "start": 0.5, "end": 0.1, "steps": 1000}, "warmup": "noise"}
 
 Train = Callable[..., Run]
 
@@ -126,6 +132,14 @@ def test_continues_from_the_zip_with_its_replay_buffer(trained: Run, train: Trai
         assert load_from_pkl(more.folder / "replay_buffer.pkl").size() == STEPS + 300
     else:
         assert not (trained.folder / "replay_buffer.pkl").exists()
+
+
+def test_given_noise_goes_before_that_of_the_default_file(train: Train, tmp_path: Path) -> None:
+    spec = next(spec for spec in ALGORITHMS if spec.name == "td3x")
+    run = train(spec, tmp_path, "-n", 150, *small(spec, **OWN_NOISE))
+    assert "Dropped noise_type='normal', noise_std=0.1: excluded by exploration_noise" in run.printed
+    assert OWN_NOISE.items() <= run.hyperparams().items() and "noise_type" not in run.hyperparams()
+    assert OWN_NOISE.items() <= run.data.items()
 
 
 @one_of_each_kind
@@ -254,9 +268,11 @@ def test_search_in_memory(spec: AlgoSpec, train: Train, tmp_path: Path) -> None:
 @pytest.mark.parametrize("storage", ["sqlite:///study.db", "study.log"], ids=["sqlite", "journal"])
 def test_search_in_a_storage_then_train_a_trial(spec: AlgoSpec, train: Train, tmp_path: Path, storage: str) -> None:
     study = ("--storage", storage, "--study-name", "s")
-    train(spec, tmp_path, *SEARCH, *study, *small(spec))
-    run = train(spec, tmp_path, "-n", 150, *study, "--trial-id", 1)
+    noise = OWN_NOISE if is_off_policy(spec) else {}
+    train(spec, tmp_path, *SEARCH, *study, *small(spec, **noise))
+    run = train(spec, tmp_path, "-n", 150, *study, "--trial-id", 1, *params(n_envs=1, **noise))
     assert "Loading from Optuna study..." in run.printed
+    assert noise.items() <= run.data.items()
 
     if storage.endswith(".log"):
         backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / storage))

@@ -1,4 +1,4 @@
-"""The patch of RL Zoo: complete in either import order, idempotent, and nothing but additions."""
+"""The patch of RL Zoo: complete in either import order, idempotent, and without effect on other algorithms."""
 
 import argparse
 import importlib.util
@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import rl_zoo3.exp_manager
+import yaml
 from conftest import Command
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
@@ -45,11 +49,12 @@ def test_leaves_other_entries_alone(spec: AlgoSpec, monkeypatch: pytest.MonkeyPa
     assert [dict(table) for table in tables] == before
 
 
-def test_manager_is_patched_once() -> None:
+@pytest.mark.parametrize("name", ["__init__", "read_hyperparameters", "objective"])
+def test_manager_is_patched_once(name: str) -> None:
     patch.register()
-    patched = ExperimentManager.__init__
+    patched = getattr(ExperimentManager, name)
     patch.register()
-    assert ExperimentManager.__init__ is patched
+    assert getattr(ExperimentManager, name) is patched
     assert not hasattr(patched.__wrapped__, "__wrapped__")
 
 
@@ -79,6 +84,61 @@ def test_config_of_the_zoo_comes_first(spec: AlgoSpec, tmp_path: Path, monkeypat
 def test_config_of_other_algorithms_is_kept(algo: str) -> None:
     patch.register()
     assert manager(algo).config == str(zoo_hyperparams(algo))
+
+
+DECAYING = {"type": "normal", "start": 0.5, "end": 0.1, "steps": 1000}
+WITH_NOISE_TYPE = {"noise_type": "normal", "noise_std": 0.1}
+WITH_DECAYING = {"exploration_noise": DECAYING, "warmup": "noise"}
+
+
+def read(algo: str, folder: Path, entry: dict[str, Any], given: dict[str, Any], **study: Any) -> dict[str, Any]:
+    """What the manager makes of a file's entry and ``-params``; what it makes the model of and what it saves are the same."""
+    patch.register()
+    config = folder / "file.yml"
+    config.write_text(yaml.dump({"default": {"policy": "MlpPolicy", **entry}}, sort_keys=False))
+    hyperparams, saved = manager(algo, config=str(config), hyperparams=given, **study).read_hyperparameters()
+    assert hyperparams == dict(saved)
+    assert hyperparams.pop("policy") == "MlpPolicy"
+    return hyperparams
+
+
+def test_given_noise_goes_before_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for algo in ("td3x", "ddpgx", "sacx", "maddpg"):
+        assert read(algo, tmp_path, WITH_NOISE_TYPE, {"exploration_noise": DECAYING}) == {"exploration_noise": DECAYING}
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "Dropped" in line]
+        assert line == f"Dropped noise_type='normal', noise_std=0.1: excluded by exploration_noise={DECAYING} of -params"
+
+        assert read(algo, tmp_path, WITH_DECAYING, WITH_NOISE_TYPE) == WITH_NOISE_TYPE
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "Dropped" in line]
+        assert line == f"Dropped exploration_noise={DECAYING}, warmup='noise': excluded by noise_type='normal' of -params"
+
+
+@pytest.mark.parametrize("entry", [WITH_NOISE_TYPE, WITH_DECAYING, {**WITH_NOISE_TYPE, **WITH_DECAYING}], ids=str)
+def test_nothing_is_dropped_without_need(entry: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Contradictions in the file, in ``-params``, and of algorithms that are not ours stay what they are."""
+    assert read("td3x", tmp_path, entry, {"gamma": 0.9}) == {**entry, "gamma": 0.9}
+    assert read("td3x", tmp_path, {}, entry) == entry
+    assert read("td3", tmp_path, WITH_NOISE_TYPE, entry) == {**WITH_NOISE_TYPE, **entry}
+    assert "Dropped" not in capsys.readouterr().out
+
+
+def test_a_trial_goes_before_the_file_and_params_before_the_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = next(spec for spec in ALGORITHMS if spec.name == "td3x")
+    storage = str(tmp_path / "study.log")
+    backend = JournalStorage(JournalFileBackend(storage))
+    study = optuna.create_study(storage=backend, study_name="study", sampler=optuna.samplers.RandomSampler(seed=0))
+    while not study.trials or not study.trials[-1].params.get("noise_decay"):  # the Zoo takes trial 0 for none
+        trial = study.ask()
+        spec.sample(trial, 1, 1, {"using_her_replay_buffer": False, "her_kwargs": {}})
+        study.tell(trial, 0.0)
+    stored = {"storage": storage, "study_name": "study", "trial_id": trial.number}
+    decaying = spec.convert(trial.params)["exploration_noise"]
+
+    from_trial = read("td3x", tmp_path, WITH_NOISE_TYPE, {}, **stored)
+    assert from_trial == spec.convert(trial.params)
+    assert f"exploration_noise={decaying} of the trial" in capsys.readouterr().out
+    given = read("td3x", tmp_path, WITH_NOISE_TYPE, WITH_NOISE_TYPE, **stored)
+    assert given == {**{name: value for name, value in from_trial.items() if name != "exploration_noise"}, **WITH_NOISE_TYPE}
 
 
 def test_the_hook_and_the_patch_name_the_same_modules() -> None:

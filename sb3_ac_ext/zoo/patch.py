@@ -17,7 +17,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import optuna
+
+from sb3_ac_ext.zoo.precedence import drop_contradicted
 from sb3_ac_ext.zoo.registry import ALGORITHMS
+from sb3_ac_ext.zoo.samplers.searched import Searched, searched
+
+NAMES = frozenset(spec.name for spec in ALGORITHMS)
 
 
 def _add_algorithms(utils: ModuleType) -> None:
@@ -31,30 +37,72 @@ def _add_search_spaces(hyperparams_opt: ModuleType) -> None:
         hyperparams_opt.HYPERPARAMS_CONVERTER.setdefault(spec.name, spec.convert)
 
 
-def _add_default_config(exp_manager: ModuleType) -> None:
+def _patch_manager(exp_manager: ModuleType) -> None:
+    """Replace three methods of the manager, which do for other algorithms what they did."""
+    for name, around in (
+        ("__init__", _find_default_config),
+        ("read_hyperparameters", _drop_what_is_contradicted),
+        ("objective", _tell_what_is_searched),
+    ):
+        original = getattr(exp_manager.ExperimentManager, name)
+        if not hasattr(original, "knows_sb3_ac_ext"):
+            replaced = functools.wraps(original)(around(original))
+            replaced.knows_sb3_ac_ext = True  # type: ignore[attr-defined]
+            setattr(exp_manager.ExperimentManager, name, replaced)
+
+
+def _find_default_config(original: Callable[..., None]) -> Callable[..., None]:
     """Let the manager find our ``hyperparams/<algo>.yml`` where it has none and the user named none."""
-    manager = exp_manager.ExperimentManager
-    original = manager.__init__
-    if hasattr(original, "finds_sb3_ac_ext"):
-        return
     configs = {spec.name: spec.config for spec in ALGORITHMS}
     signature = inspect.signature(original)
 
-    @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments.get("config")
         if not given and self.algo in configs and not Path(self.config).is_file():
             self.config = str(configs[self.algo])
 
-    __init__.finds_sb3_ac_ext = True  # type: ignore[attr-defined]
-    manager.__init__ = __init__
+    return __init__
+
+
+def _drop_what_is_contradicted(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``-params`` or a trial of a study give goes before what the file says; ``-params`` before the trial."""
+
+    def read_hyperparameters(self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        hyperparams, saved_hyperparams = original(self)
+        if self.algo in NAMES:
+            is_trial = self.storage and self.study_name and self.trial_id
+            trial = self.load_trial(self.storage, self.study_name, self.trial_id) if is_trial else {}
+            ranks = {**dict.fromkeys(trial, 1), **dict.fromkeys(self.custom_hyperparams or {}, 2)}
+            dropped = drop_contradicted(hyperparams, ranks)
+            for winner in dict.fromkeys(dropped.values()):
+                losers = ", ".join(f"{name}={saved_hyperparams.pop(name)!r}" for name in dropped if dropped[name] == winner)
+                source = "-params" if ranks[winner] == 2 else "the trial"
+                print(f"Dropped {losers}: excluded by {winner}={hyperparams[winner]!r} of {source}")
+        return hyperparams, saved_hyperparams
+
+    return read_hyperparameters
+
+
+def _tell_what_is_searched(original: Callable[..., float]) -> Callable[..., float]:
+    """Samplers see the file's hyperparameters, so that they neither contradict nor drop what they do not search."""
+
+    def objective(self: Any, trial: optuna.Trial) -> float:
+        if self.algo not in NAMES:
+            return original(self, trial)
+        token = searched.set(Searched(self._hyperparams, self.n_timesteps))
+        try:
+            return original(self, trial)
+        finally:
+            searched.reset(token)
+
+    return objective
 
 
 _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "rl_zoo3.utils": _add_algorithms,
     "rl_zoo3.hyperparams_opt": _add_search_spaces,
-    "rl_zoo3.exp_manager": _add_default_config,
+    "rl_zoo3.exp_manager": _patch_manager,
 }
 
 

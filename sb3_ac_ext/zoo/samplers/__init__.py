@@ -6,7 +6,8 @@ algorithm's converter makes of the suggestions: the search and `--trial-id` cann
 an object in the search and ``noise_type`` and ``noise_std`` in a file.
 
 Whatever is sampled here replaces the environment's entry in the hyperparameter file; an option that would contradict it
-or make it void is set back to its default at the same time.
+or make it void is set back to its default at the same time. ``exploration_noise``, ``warmup`` and ``parameter_noise`` of the
+file stay: where there is such noise, none is sampled. Samplers see the file's values in `searched`.
 
 ``rl_zoo3`` is imported inside the functions: it may be the one that is importing this package.
 """

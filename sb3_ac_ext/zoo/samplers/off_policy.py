@@ -5,6 +5,7 @@ from typing import Any
 import optuna
 
 from sb3_ac_ext.zoo.samplers.critic import convert_critic, suggest_critic_rate
+from sb3_ac_ext.zoo.samplers.searched import searched
 
 SAMPLED_HER_KWARGS = ("n_sampled_goal", "goal_selection_strategy")
 FIXED_HER_KWARG = "her_"
@@ -17,13 +18,12 @@ def sample_td3x(trial: optuna.Trial, n_actions: int, n_envs: int, additional_arg
 
     :param trial: the trial that chooses
     :param n_actions: size of an action
-    :param n_envs: number of environments; the update-to-data ratio is that of the Zoo's TD3
+    :param n_envs: number of environments
     :param additional_args: ``using_her_replay_buffer`` and ``her_kwargs``, the file's arguments of that buffer
     :return: constructor arguments
     """
-    from rl_zoo3.hyperparams_opt import sample_td3_params
-
-    action_noise = sample_td3_params(trial, n_actions, n_envs, additional_args).get("action_noise")
+    action_noise = suggest_zoo_td3(trial, n_actions, n_envs, additional_args)
+    suggest_updates(trial, additional_args)
     suggest_critic(trial)
     suggest_delayed_smoothed_policy(trial)
     if additional_args["using_her_replay_buffer"]:
@@ -45,13 +45,12 @@ def sample_ddpgx(trial: optuna.Trial, n_actions: int, n_envs: int, additional_ar
 
     :param trial: the trial that chooses
     :param n_actions: size of an action
-    :param n_envs: number of environments; the update-to-data ratio is that of the Zoo's DDPG
+    :param n_envs: number of environments
     :param additional_args: ``using_her_replay_buffer`` and ``her_kwargs``, the file's arguments of that buffer
     :return: constructor arguments
     """
-    from rl_zoo3.hyperparams_opt import sample_td3_params
-
-    action_noise = sample_td3_params(trial, n_actions, n_envs, additional_args).get("action_noise")
+    action_noise = suggest_zoo_td3(trial, n_actions, n_envs, additional_args)
+    suggest_updates(trial, additional_args)
     suggest_critic_rate(trial)
     suggest_original_architecture(trial)
     if additional_args["using_her_replay_buffer"]:
@@ -67,7 +66,9 @@ def convert_ddpgx(params: dict[str, Any]) -> dict[str, Any]:
     hyperparams = convert_off_policy(params)
     for name in ("action_layer", "batch_norm", "final_layer_init"):
         hyperparams["policy_kwargs"][name] = hyperparams.pop(name)
-    return {**hyperparams, "parameter_noise": None}
+    if "exploration_noise" in hyperparams:
+        hyperparams["parameter_noise"] = None  # beside the sampled noise it would be a second one
+    return hyperparams
 
 
 def sample_sacx(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
@@ -76,13 +77,14 @@ def sample_sacx(trial: optuna.Trial, n_actions: int, n_envs: int, additional_arg
 
     :param trial: the trial that chooses
     :param n_actions: size of an action
-    :param n_envs: number of environments; the update-to-data ratio is that of the Zoo's SAC
+    :param n_envs: number of environments
     :param additional_args: ``using_her_replay_buffer`` and ``her_kwargs``, the file's arguments of that buffer
     :return: constructor arguments
     """
     from rl_zoo3.hyperparams_opt import sample_sac_params
 
     sample_sac_params(trial, n_actions, n_envs, additional_args)
+    suggest_updates(trial, additional_args)
     suggest_critic(trial)
     suggest_soft_policy(trial)
     if additional_args["using_her_replay_buffer"]:
@@ -114,13 +116,12 @@ def sample_maddpg(trial: optuna.Trial, n_actions: int, n_envs: int, additional_a
 
     :param trial: the trial that chooses
     :param n_actions: size of a joint action
-    :param n_envs: number of environments; the update-to-data ratio is that of the Zoo's TD3
+    :param n_envs: number of environments
     :param additional_args: not used, there is no HER
     :return: constructor arguments
     """
-    from rl_zoo3.hyperparams_opt import sample_td3_params
-
-    action_noise = sample_td3_params(trial, n_actions, n_envs, additional_args).get("action_noise")
+    action_noise = suggest_zoo_td3(trial, n_actions, n_envs, additional_args)
+    suggest_update_ratio(trial)
     suggest_critic_rate(trial)
     suggest_several_agents(trial)
     return with_noise(convert_maddpg(trial.params), action_noise)
@@ -135,6 +136,44 @@ def convert_maddpg(params: dict[str, Any]) -> dict[str, Any]:
     for name in ("n_critics", "gumbel_temperature"):
         hyperparams["policy_kwargs"][name] = hyperparams.pop(name)
     return hyperparams
+
+
+def suggest_zoo_td3(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> Any:
+    """
+    The Zoo's space for TD3, with noise that may decay; without noise where the file has noise of ours, which stays.
+
+    :param trial: the trial that chooses
+    :param n_actions: size of an action
+    :param n_envs: number of environments
+    :param additional_args: as for `sample_td3x`
+    :return: the Zoo's noise, None for none; for `with_noise`
+    """
+    from rl_zoo3.hyperparams_opt import sample_sac_params, sample_td3_params
+
+    if any(searched.get().hyperparams.get(name) is not None for name in ("exploration_noise", "parameter_noise")):
+        sample_sac_params(trial, n_actions, n_envs, additional_args)  # the same without noise
+        return None
+    action_noise = sample_td3_params(trial, n_actions, n_envs, additional_args).get("action_noise")
+    if action_noise is not None and trial.suggest_categorical("noise_decay", [False, True]):
+        n_timesteps = searched.get().n_timesteps
+        trial.suggest_float("noise_end_share", 0.0, 1.0)
+        trial.suggest_int("noise_decay_steps", max(1, n_timesteps // 10), max(1, n_timesteps))
+    return action_noise
+
+
+def suggest_updates(trial: optuna.Trial, additional_args: dict[str, Any]) -> None:
+    """How often is updated, and on the rewards of how many steps where the replay buffer can sum them."""
+    suggest_update_ratio(trial)
+    entry = searched.get().hyperparams
+    other_buffer = entry.get("replay_buffer_class") or entry.get("optimize_memory_usage")
+    of_dicts = entry.get("policy", "MlpPolicy") not in ("MlpPolicy", "CnnPolicy")  # or perhaps of them
+    if not (other_buffer or of_dicts or additional_args["using_her_replay_buffer"]):
+        trial.suggest_categorical("n_steps", [1, 3, 5])
+
+
+def suggest_update_ratio(trial: optuna.Trial) -> None:
+    """Updates per step of an environment; the Zoo's own space has one."""
+    trial.suggest_categorical("update_ratio", [0.25, 0.5, 1.0, 2.0])
 
 
 def suggest_critic(trial: optuna.Trial) -> None:
@@ -197,17 +236,36 @@ def convert_off_policy(params: dict[str, Any]) -> dict[str, Any]:
     from rl_zoo3.hyperparams_opt import convert_offpolicy_params
 
     hyperparams = convert_offpolicy_params(params)
-    for convert in (convert_critic, convert_noise, convert_her):
+    for convert in (convert_critic, convert_update_ratio, convert_noise, convert_her):
         convert(hyperparams)
     return hyperparams
 
 
+def convert_update_ratio(hyperparams: dict[str, Any]) -> None:
+    """At least one update each time; trials of before the ratio was searched have the Zoo's, one."""
+    if "update_ratio" in hyperparams:
+        hyperparams["gradient_steps"] = max(1, round(hyperparams.pop("update_ratio") * hyperparams["train_freq"]))
+
+
 def convert_noise(hyperparams: dict[str, Any]) -> None:
-    """No noise as noise of std 0, since a file's ``noise_type`` cannot be null; and no other noise beside the sampled."""
-    if "noise_type" in hyperparams:
-        if hyperparams["noise_type"] is None:
-            hyperparams.update(noise_type="normal", noise_std=0.0)
-        hyperparams.update(exploration_noise=None, warmup="uniform")
+    """
+    No noise as noise of std 0, since a file's ``noise_type`` cannot be null; noise that decays as ``exploration_noise``; and
+    no other noise beside the sampled.
+    """
+    if "noise_type" not in hyperparams:
+        return
+    exploration_noise = None
+    if hyperparams["noise_type"] is None:
+        hyperparams.update(noise_type="normal", noise_std=0.0)
+    if hyperparams.pop("noise_decay", False):
+        start = hyperparams.pop("noise_std")
+        exploration_noise = {
+            "type": hyperparams.pop("noise_type"),
+            "start": start,
+            "end": start * hyperparams.pop("noise_end_share"),
+            "steps": hyperparams.pop("noise_decay_steps"),
+        }
+    hyperparams.update(exploration_noise=exploration_noise, warmup="uniform")
 
 
 def convert_her(hyperparams: dict[str, Any]) -> None:
@@ -221,7 +279,9 @@ def with_noise(hyperparams: dict[str, Any], action_noise: Any) -> dict[str, Any]
     """
     :param hyperparams: a hyperparameter file's values
     :param action_noise: the noise that its noise keys stand for; None for none, which clears the noise of the file
-    :return: constructor arguments
+    :return: constructor arguments; without any noise where none was sampled, so that the file's stays
     """
+    if "exploration_noise" not in hyperparams:
+        return hyperparams
     arguments = {name: value for name, value in hyperparams.items() if name not in ("noise_type", "noise_std")}
-    return {**arguments, "action_noise": action_noise}
+    return {**arguments, "action_noise": action_noise if hyperparams["exploration_noise"] is None else None}
