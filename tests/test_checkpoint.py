@@ -465,6 +465,8 @@ def test_load_changes_arguments_and_refuses_unknown_ones(row: str, tmp_path: Pat
         cls.load(tmp_path / "model", gama=0.5)
     with pytest.raises(ValueError, match=r"gamma must be a number in \[0, 1\], got 2"):
         cls.load(tmp_path / "model", gamma=2)
+    with pytest.raises(ValueError, match=r"device must be .*got 'gpu'"):
+        cls.load(tmp_path / "model", device="gpu")
 
 
 def test_buffer_of_another_number_of_environments_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch as th
 from annotated_types import Gt, Interval, Le, Lt
 
+from sb3_ac_ext.base.schedules import as_schedule
 from sb3_ac_ext.validation import (
     ArgumentError,
     ArgumentTypeError,
@@ -186,3 +187,9 @@ def test_what_is_pythons_stays_as_it_is(value: Any) -> None:
 def test_dicts_of_anything_stay_as_they_are() -> None:
     value = {"lr": th.tensor(0.1)}
     assert plain(value, dict[str, Any] | None) is value
+
+
+@pytest.mark.parametrize(("rate", "error"), [("lin_-1", r"got 'lin_-1' \(-1.0 at the start\)"), ("lin_x", "got 'lin_x'")])
+def test_a_rate_is_shown_as_it_was_given(rate: str, error: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"rate must be .*{error}"):
+        as_schedule("rate", rate)

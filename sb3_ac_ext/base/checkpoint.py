@@ -22,6 +22,7 @@ from stable_baselines3.common.save_util import load_from_zip_file, open_path, re
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import nn
 
+from sb3_ac_ext.base.declarations import check_device
 from sb3_ac_ext.base.signatures import arguments_of
 from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, UnsupportedError, check_keys
 
@@ -339,6 +340,8 @@ class CheckpointMixin(BaseAlgorithm):
         """
         load_arguments = {"env", "device", "custom_objects", "print_system_info", "force_reset"}
         check_keys(f"{cls.__name__}.load()", kwargs, (arguments_of(cls).keys() | load_arguments) - {"policy"})
+        if "device" in kwargs:  # which SB3 takes first
+            check_device("device", kwargs["device"])
         cls._check_saver(path)
         if "stats_window_size" in kwargs:
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")

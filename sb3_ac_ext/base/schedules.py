@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 
-from sb3_ac_ext.validation import LARGEST, ArgumentError, ArgumentTypeError, Syntax, check
+from sb3_ac_ext.validation import LARGEST, ArgumentError, ArgumentTypeError, Syntax, check, shown
 
 LEGAL = 'a number >= 0, a string "lin_x" such as "lin_7e-4", or a function of the remaining progress'
 
@@ -21,7 +21,7 @@ def as_schedule(name: str, value: Any) -> FloatSchedule:
     :raises ArgumentTypeError: if ``value`` is none of these
     :raises ArgumentError: if the string cannot be read, or the rate at the start is negative or not finite
     """
-    legal = f"{name} must be {LEGAL}"
+    legal, given = f"{name} must be {LEGAL}", value
     if isinstance(value, str):
         kind, _, initial = value.partition("_")
         try:
@@ -29,19 +29,19 @@ def as_schedule(name: str, value: Any) -> FloatSchedule:
         except ValueError:
             value = None
         if value is None:
-            raise ArgumentError(f"{legal}, got {kind + _ + initial!r}")
+            raise ArgumentError(f"{legal}, got {given!r}")
     if not callable(value):
         try:
             check(name, value, float)
         except ArgumentTypeError:
-            raise ArgumentTypeError(f"{legal}, got {value!r} of type {type(value).__name__}") from None
+            raise ArgumentTypeError(f"{legal}, got {shown(value)} of type {type(value).__name__}") from None
     schedule = FloatSchedule(value if callable(value) else float(value))
     try:
         rate = schedule(1.0)
     except Exception as error:  # of the user's function
-        raise ArgumentTypeError(f"{legal}, got {value!r}, which fails at the start: {error}") from error
+        raise ArgumentTypeError(f"{legal}, got {shown(given)}, which fails at the start: {error}") from error
     if not 0 <= rate <= LARGEST[float]:
-        raise ArgumentError(f"{legal}, got {value!r} ({rate} at the start)")
+        raise ArgumentError(f"{legal}, got {shown(given)} ({rate} at the start)")
     return schedule
 
 
