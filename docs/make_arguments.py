@@ -17,8 +17,9 @@ from stable_baselines3.common.policies import BasePolicy
 from sb3_ac_ext.base.declarations import CommonArguments, OffPolicyArguments, OnPolicyArguments
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
+from sb3_ac_ext.base.schedules import LEGAL
 from sb3_ac_ext.base.signatures import Argument, arguments_of
-from sb3_ac_ext.validation import Acts, Excludes, Needs, legal
+from sb3_ac_ext.validation import Acts, Excludes, Needs, alternatives, legal
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
 DOCUMENT = Path(__file__).with_name("arguments.md")
@@ -88,7 +89,7 @@ def default_in(specs: Iterable[AlgoSpec], name: str) -> str:
     by_default: dict[str, list[str]] = {}
     for spec in specs:
         argument = arguments_of(spec.cls).get(name)
-        by_default.setdefault("none" if argument is None else code(argument.default), []).append(f"`{spec.name}`")
+        by_default.setdefault("not taken" if argument is None else code(argument.default), []).append(f"`{spec.name}`")
     most, *others = sorted(by_default.items(), key=lambda item: -len(item[1]))
     return "; ".join([most[0], *(f"{', '.join(who)}: {default}" for default, who in others)])
 
@@ -98,8 +99,8 @@ def row(name: str, default: str, argument: Argument, acts: Acts | None = None, n
     parts = [argument.meaning.replace("``", "`")]
     parts += [f"needs `{needed}`" for needed in argument.of_kind(Needs)]
     parts += [f"excludes `{excluded.name}`" for excluded in argument.of_kind(Excludes)]
-    values = "" if argument.annotation is Any else legal(argument.annotation)
-    cells = [f"`{name}`{note}", default, values, acts or argument.acts, "; ".join(parts)]
+    values = "" if alternatives(argument.annotation)[0][0] is Any else legal(argument.annotation)
+    cells = [f"`{name}`{note}", default, values.replace(LEGAL, "a schedule"), acts or argument.acts, "; ".join(parts)]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
 
 

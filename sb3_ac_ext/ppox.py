@@ -84,27 +84,30 @@ class PPOX(OnPolicyMixin, PPO):
 
     :param batch_size: samples per gradient step
     :param n_epochs: passes over the rollout
-    :param clip_range: c, or its schedule
+    :param clip_range: c, largest change of a ratio that counts, or its schedule
     :param clip_range_vf: largest change of a value that counts, in reward units, or its schedule; None does not clip
-    :param clip_range_vf_mode: "clipped" counts the clipped value's error (SB3), "max" the larger of both errors (published)
+    :param clip_range_vf_mode: "clipped" counts the clipped value's error (SB3), "max" the larger of both errors
+        (published); SB3's has no gradient once the value has left its range
     :param normalize_advantage: whether advantages get mean 0 and standard deviation 1
     :param normalize_advantage_over: in each "minibatch" (SB3), or once over the "buffer"
     :param vf_coef: weight of the value's loss; not used with ``separate_phases``
     :param max_grad_norm: bound on the 2-norm of the gradient by all parameters; with ``separate_phases`` on that of each
         network ("policy", "value" in a dict); None does not clip
     :param target_kl: SB3's early stop: all updates end once a minibatch's KL (k3) is above 1.5 times this, in nats
-    :param surrogate: what the policy descends: "clip" or "penalty"
-    :param kl_target: d_targ of the penalty, in nats; None for 0.01
-    :param kl_coef: beta that the penalty starts with, reward units per nat; None for 1
+    :param surrogate: what the policy descends: "clip", the clipped ratios, or "penalty", the ratios and beta times the KL
+        divergence from the old policy
+    :param kl_target: d_targ that the penalty aims at, in nats; None for 0.01
+    :param kl_coef: beta that the penalty starts with, reward units per nat; None for 1. It halves after an update that
+        moved less than ``kl_target`` / 1.5, doubles after one that moved more than 1.5 ``kl_target``, and is saved
     :param kl_stop: another early stop: KL above which the policy's updates end, in nats
-    :param kl_stop_estimator: "k1", -mean log r, or "k3", mean r - 1 - log r, see `kl_estimate`
+    :param kl_stop_estimator: "k1", -mean log r, which can be negative, or "k3", mean r - 1 - log r, which cannot
     :param kl_stop_every: looked at on every "minibatch" before its step, or after every "epoch" on the whole rollout
-    :param kl_stop_scope: what ends: "both", or the "policy" only
+    :param kl_stop_scope: what ends: "both" phases, or the "policy" only, whereupon the value's is run all the same
     :param separate_phases: whether the policy's epochs come first, then the value's, each with its own optimizer
     :param policy_epochs: epochs of the policy's phase; None for ``n_epochs``
     :param value_epochs: epochs of the value's phase; None for ``n_epochs``
-    :param policy_sample_ratio: share of the rollout that an epoch of the policy's phase takes for one gradient step; None
-        makes minibatches of ``batch_size``
+    :param policy_sample_ratio: share of the rollout, drawn without replacement, that an epoch of the policy's phase takes
+        for one gradient step; None makes minibatches of ``batch_size``
     :param value_sample_ratio: the same for the value's phase
     :param policy_learning_rate: rate of the policy instead of ``learning_rate``
     :param value_learning_rate: rate of the value instead of ``learning_rate``

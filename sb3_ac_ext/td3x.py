@@ -39,8 +39,8 @@ class MlpPolicy(CriticPolicy, TD3Policy):
     """
     SB3's TD3 policy; the critic's streams can be normalised, see `CriticPolicy`.
 
-    :param n_critics: streams of the critic, with one optimizer for all; targets are their smallest value, and the actor ascends
-        the first
+    :param n_critics: streams of the critic, with one optimizer for all; targets are their smallest value, and the actor
+        ascends the first
     """
 
 

@@ -79,8 +79,8 @@ class TRPOX(OnPolicyMixin, TRPO):
     :param batch_size: samples per gradient step of the value
     :param cg_max_steps: iterations of conjugate gradients
     :param cg_damping: added to the Fisher matrix's diagonal
-    :param line_search_shrinking_factor: c
-    :param line_search_max_iter: how many j are tried
+    :param line_search_shrinking_factor: c, from one step that the line search tries to the next
+    :param line_search_max_iter: how many steps c^j it tries before it leaves the policy as it is
     :param n_critic_updates: the value's passes over the rollout
     :param normalize_advantage: whether advantages get mean 0 and standard deviation 1
     :param target_kl: delta, in nats
@@ -89,7 +89,7 @@ class TRPOX(OnPolicyMixin, TRPO):
     :param fvp_subsample: Fisher products take one of so many of the update's samples
     :param kl_direction: what bounds the step: "new_old", KL(pi || pi_old) (sb3-contrib), or "old_new" (the paper)
     :param kl_reduction: over the dimensions of Box and MultiBinary actions: "mean" (sb3-contrib), or "sum", the divergence of
-        the actions as a whole (the paper)
+        the actions as a whole (the paper), in which a ``target_kl`` for the mean counts times the number of dimensions
     :param accept_ratio: share of the improvement to first order that a step must reach; None takes any improvement
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction

@@ -73,12 +73,14 @@ class ACKTR(OnPolicyMixin, OnPolicyAlgorithm):
     :param n_steps: steps of each environment in a rollout, which is one batch, the most of them with ``rollout="episodes"``
     :param vf_coef: weight of the value's loss; 0.5 makes a step of size 1 a full Gauss-Newton step
     :param normalize_advantage: whether advantages get mean 0 and standard deviation 1 in a batch
-    :param max_kl: delta, largest predicted divergence of a step, in nats
-    :param value_max_kl: the same for the value, mean of ``vf_fisher_coef / 2`` times the squared change; None for 0.01
-    :param value_learning_rate: largest step of the value instead of ``learning_rate``
+    :param max_kl: delta, largest predicted divergence of a step, from the old policy to the new one, in nats; programs that
+        leave out the definition's factor 1/2 state twice as much
+    :param value_max_kl: the same for the value, mean of ``vf_fisher_coef / 2`` times the squared change; None for 0.01. Not
+        with shared layers, where ``max_kl`` bounds both together
+    :param value_learning_rate: largest step of the value instead of ``learning_rate``; not with shared layers
     :param kl_target: divergence in nats that ``learning_rate`` is adapted to: a third off after a step that measured more than
         twice this, a half on after one of less than half; the schedule is the largest. None for none
-    :param vf_fisher_coef: 1 / sigma^2 of the value's Gaussian
+    :param vf_fisher_coef: 1 / sigma^2 of the value's Gaussian, whose Fisher matrix is the Gauss-Newton matrix
     :param damping: what is added to the Fisher matrix's diagonal
     :param stats_decay: of the factors' moving averages
     :param inverse_update_interval: updates between inversions of the factors

@@ -64,19 +64,19 @@ class CommonArguments:
     What every algorithm takes.
 
     :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a policy class
-    :param env: environment or its id; off-policy algorithms act in a Box with finite bounds
+    :param env: environment or its id, which `set_env` replaces; off-policy algorithms act in a Box with finite bounds
     :param learning_rate: rate of all that has no rate of its own; "lin_x" falls linearly from x to 0 in a `learn()`
     :param gamma: discount factor
-    :param max_grad_norm: bound on the 2-norm of each network's gradient; a dict such as ``{"critic": 1.0}`` bounds some networks
-        only, None none
+    :param max_grad_norm: bound on the 2-norm of each network's gradient; a dict such as ``{"critic": 1.0}`` bounds some
+        networks only, None none
     :param policy_kwargs: arguments of the policy, such as ``{"net_arch": [64, 64]}``
     :param stats_window_size: episodes over which the logged return and length are averaged
     :param tensorboard_log: folder of the TensorBoard logs; None for none
     :param verbose: 0 no output, 1 info, 2 debug
     :param seed: of every random generator; None leaves them alone
     :param device: where the networks live; "auto" takes CUDA where there is some
-    :param engine: whether updates and actions are recorded once and replayed, with the same mathematics (`engine_report()` says
-        which, and why not the others); False runs all of them from Python, as SB3 does
+    :param engine: whether updates and actions are recorded once and replayed, with the same mathematics (`engine_report()`
+        says which, and why not the others); False runs all of them from Python, as SB3 does
     """
 
     policy: Annotated[str | type[BasePolicy], Acts.NEVER]
@@ -109,10 +109,10 @@ class OffPolicyArguments(CommonArguments):
     :param optimize_memory_usage: whether each observation is stored once; needs
         ``replay_buffer_kwargs={"handle_timeout_termination": False}``
     :param n_steps: rewards summed before bootstrapping; more than 1 not with Dict observations or ``optimize_memory_usage``
-    :param exploration_noise: noise in the place of ``action_noise``, in the action space scaled to [-1, 1] too:
-        ``{"type": "normal", "start": 0.5, "end": 0.1, "steps": 200000}``, whose std falls linearly with environment steps; without
-        ``end`` and ``steps`` it stays. "ornstein-uhlenbeck" takes ``dt``: with 1 a step is a unit of the process's time, with
-        0.01 (SB3's) it wanders a hundred times more slowly with almost the same std
+    :param exploration_noise: noise in the place of ``action_noise``, in the action space scaled to [-1, 1] too: ``{"type":
+        "normal", "start": 0.5, "end": 0.1, "steps": 200000}``, whose std falls linearly with environment steps; without
+        ``end`` and ``steps`` it stays. "ornstein-uhlenbeck" takes ``dt``: with 1 a step is a unit of the process's time,
+        with 0.01 (SB3's) it wanders a hundred times more slowly with almost the same std
     :param warmup: until ``learning_starts``: "uniform" draws uniform actions, "noise" the policy's with exploration noise of
         std 1
     """

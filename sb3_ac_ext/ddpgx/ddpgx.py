@@ -58,9 +58,11 @@ class DDPGX(OffPolicyMixin, DDPG):
 
     :param actor_learning_rate: rate of the actor instead of ``learning_rate``
     :param critic_learning_rate: rate of the critic instead of ``learning_rate``
-    :param critic_weight_decay: L2 decay of the critic's weights (not its biases), as Adam's ``weight_decay``
-    :param parameter_noise: noise on the actor's parameters, a perturbed actor for each environment, drawn at the start of
-        its episodes; action noise comes on top. See `sb3_ac_ext.ddpgx.parameter_noise.ParameterNoise`
+    :param critic_weight_decay: L2 decay of the critic's weights (not its biases), as Adam's ``weight_decay``; the paper has
+        0.01
+    :param parameter_noise: ``{"std": 0.05, "distance": 0.2}``: noise on the actor's parameters, for each environment drawn
+        at the start of its episodes, whose std is adapted (times ``coefficient``, 1.01, every ``interval``, 50 steps) until
+        it moves actions by ``distance``, in actions scaled to [-1, 1]; action noise comes on top
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for spaces that DDPG cannot take

@@ -26,8 +26,8 @@ class MlpPolicy(TD3Policy):
         paper's second layer
     :param batch_norm: whether the features and the hidden layers of the actor, and of the critic before the action, are
         normalised over the batch (Ioffe and Szegedy 2015, arXiv:1502.03167)
-    :param final_layer_init: x, for final layers of actor and critic drawn from U(-x, x); None draws them as the others,
-        from U(-1 / sqrt(fan_in), 1 / sqrt(fan_in))
+    :param final_layer_init: x, for final layers of actor and critic drawn from U(-x, x), the paper's 0.003; None draws them
+        as the others, from U(-1 / sqrt(fan_in), 1 / sqrt(fan_in))
     :param n_critics: critics; targets are their smallest value, and the actor ascends the first
     :param kwargs: SB3's other arguments (net_arch, activation_fn, share_features_extractor, ...)
     :raises ValueError: if the critic has no such layer

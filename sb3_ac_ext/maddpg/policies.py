@@ -28,7 +28,8 @@ class MlpPolicy(TD3Policy):
         agents that share an actor and critics
     :param centralised: whether critics see all agents; the algorithm decides
     :param gumbel_temperature: of the relaxation of Discrete actions
-    :param n_critics: critics of each agent; targets are their smallest value
+    :param n_critics: critics of each agent, whose actor ascends the first; targets are their smallest value. 2, with
+        ``policy_delay=2`` and smoothing noise, is MATD3
     :param kwargs: SB3's other arguments (net_arch, activation_fn, ...)
     :raises ValueError: if no such agents can share parameters, or the features are not flat observations
     :raises UnsupportedError: for spaces that cannot be shared out over agents

@@ -122,6 +122,8 @@ class MlpPolicy(CriticPolicy, SACPolicy):
     SB3's SAC policy, and V if asked for.
 
     :param args: SB3's, see `CriticPolicy` for the others
+    :param critic_layer_norm: whether the hidden layers of Q and V are normalised
+    :param n_critics: critics, with an optimizer for each; targets are their smallest value, which the actor ascends
     :param value_network: whether there is a V with a target, in place of the critic's target; the algorithm decides
     """
 

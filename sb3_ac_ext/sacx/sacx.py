@@ -68,16 +68,20 @@ class SACX(OffPolicyMixin, SAC):
     is allocated at its first use.
 
     :param actor_learning_rate: rate of the actor instead of ``learning_rate``
-    :param q_a_learning_rate: rate of Q_a instead; a features extractor of the critic's own keeps ``learning_rate``
-    :param q_b_learning_rate: rate of Q_b instead
-    :param q_learning_rates: rates of any of the critics by their names, "q_a", "q_b", "q_c", ... ("q" if there is only one)
-    :param value_learning_rate: rate of V instead
-    :param ent_coef_learning_rate: rate of log alpha instead; only with an automatic ``ent_coef``
+    :param q_a_learning_rate: rate of Q_a instead of ``learning_rate``; a features extractor of the critic's own keeps
+        ``learning_rate``
+    :param q_b_learning_rate: rate of Q_b instead of ``learning_rate``
+    :param q_learning_rates: rates of any of the critics by their names, ``{"q_c": 1e-4}`` ("q" if there is only one), which
+        count before the two above
+    :param value_learning_rate: rate of V instead of ``learning_rate``
+    :param ent_coef_learning_rate: rate of log alpha instead of ``learning_rate``; only with an automatic ``ent_coef``
     :param ent_coef: alpha, reward units per nat: learned from 1 ("auto") or from x ("auto_x"), or fixed
     :param target_entropy: H, in nats
-    :param target_update_interval: SB3's: targets move in every such gradient step, counted anew in each `train`
-    :param target_update_every: targets move in every such gradient step of the whole training; None for the above
-    :param value_network: whether to learn V as the first paper does, which takes a policy derived from those of this package
+    :param target_update_interval: gradient steps between movements of the targets, counted anew in each `train`, so that it
+        does nothing with one gradient step at a time
+    :param target_update_every: the same, counted over the whole training; None for the above
+    :param value_network: whether to learn V and its target, and no targets of Q, as the first paper does, which takes a policy
+        derived from those of this package
     :param exact_log_prob: whether log(1 - tanh(u)^2) is computed exactly; otherwise as SB3 does, log(1 - tanh(u)^2 + 1e-6),
         which is bounded and so underrates the density of actions within 1e-6 of their limits
     :param use_sde: whether to explore with generalised state-dependent exploration (gSDE, Raffin et al. 2021)
