@@ -79,7 +79,7 @@ class SACX(OffPolicyMixin, SAC):
     :param target_entropy: H, in nats
     :param target_update_interval: gradient steps between movements of the targets, counted anew in each `train`, so that it
         does nothing with one gradient step at a time
-    :param target_update_every: the same, counted over the whole training; None for the above
+    :param target_update_every: what ``target_update_interval`` is, counted over the whole training; None for that one
     :param value_network: whether to learn V and its target, and no targets of Q, as the first paper does, which takes a policy
         derived from those of this package
     :param exact_log_prob: whether log(1 - tanh(u)^2) is computed exactly; otherwise as SB3 does, log(1 - tanh(u)^2 + 1e-6),
