@@ -255,10 +255,10 @@ def is_off_policy(spec: AlgoSpec) -> bool:
     return issubclass(spec.cls, OffPolicyAlgorithm)
 
 
-def with_trial(entry: dict[str, Any], converted: dict[str, Any]) -> dict[str, Any]:
+def with_trial(spec: AlgoSpec, entry: dict[str, Any], converted: dict[str, Any]) -> dict[str, Any]:
     """What `--trial-id` makes of a file's entry."""
     hyperparams = {**entry, **converted}
-    drop_contradicted(hyperparams, dict.fromkeys(converted, 1))
+    drop_contradicted(spec.cls, hyperparams, dict.fromkeys(converted, 1))
     return hyperparams
 
 
@@ -272,7 +272,7 @@ def test_sampled_values_hold_whatever_the_file_says(spec: AlgoSpec):
         }
         for n_actions, sampled, trial in draw(spec, additional_args, number=8, entry=entry):
             in_search = {**as_arguments(entry, n_actions), **sampled}
-            loaded = as_arguments(with_trial(entry, spec.convert(trial.params)), n_actions)
+            loaded = as_arguments(with_trial(spec, entry, spec.convert(trial.params)), n_actions)
             for arguments in (in_search, loaded):
                 assert kept.items() <= arguments.items()
                 del arguments["policy"]

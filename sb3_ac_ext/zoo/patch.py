@@ -23,7 +23,7 @@ from sb3_ac_ext.zoo.precedence import drop_contradicted
 from sb3_ac_ext.zoo.registry import ALGORITHMS
 from sb3_ac_ext.zoo.samplers.searched import Searched, searched
 
-NAMES = frozenset(spec.name for spec in ALGORITHMS)
+CLASSES = {spec.name: spec.cls for spec in ALGORITHMS}
 
 
 def _add_algorithms(utils: ModuleType) -> None:
@@ -70,11 +70,11 @@ def _drop_what_is_contradicted(original: Callable[..., Any]) -> Callable[..., An
 
     def read_hyperparameters(self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         hyperparams, saved_hyperparams = original(self)
-        if self.algo in NAMES:
+        if self.algo in CLASSES:
             is_trial = self.storage and self.study_name and self.trial_id
             trial = self.load_trial(self.storage, self.study_name, self.trial_id) if is_trial else {}
             ranks = {**dict.fromkeys(trial, 1), **dict.fromkeys(self.custom_hyperparams or {}, 2)}
-            dropped = drop_contradicted(hyperparams, ranks)
+            dropped = drop_contradicted(CLASSES[self.algo], hyperparams, ranks)
             for winner in dict.fromkeys(dropped.values()):
                 losers = ", ".join(f"{name}={saved_hyperparams.pop(name)!r}" for name in dropped if dropped[name] == winner)
                 source = "-params" if ranks[winner] == 2 else "the trial"
@@ -88,7 +88,7 @@ def _tell_what_is_searched(original: Callable[..., float]) -> Callable[..., floa
     """Samplers see the file's hyperparameters, so that they neither contradict nor drop what they do not search."""
 
     def objective(self: Any, trial: optuna.Trial) -> float:
-        if self.algo not in NAMES:
+        if self.algo not in CLASSES:
             return original(self, trial)
         token = searched.set(Searched(self._hyperparams, self.n_timesteps))
         try:

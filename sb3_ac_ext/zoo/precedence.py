@@ -6,97 +6,85 @@ was given would stay, and the command fail: ``exploration_noise`` given where th
 """
 
 from collections.abc import Callable, Mapping, MutableMapping
+from functools import cache
 from typing import Any
 
+from sb3_ac_ext.base.signatures import Argument, arguments_of
+from sb3_ac_ext.validation import Excludes, Needs
+
 Condition = tuple[str, Callable[[Any], bool]]
-"""An argument and a test of its value, which is None where the argument is not given."""
+"""The name of a hyperparameter and a test of its value."""
 
 
 def _given(value: Any) -> bool:
     return value is not None
 
 
-def _missing(value: Any) -> bool:
-    return value is None
-
-
-def _on(value: Any) -> bool:
-    return bool(value)
-
-
-def _off(value: Any) -> bool:
-    return not value
-
-
-def _is(expected: Any) -> Callable[[Any], bool]:
-    return lambda value: value == expected
-
-
-def _is_not(expected: Any) -> Callable[[Any], bool]:
-    return lambda value: value != expected
-
-
-def _changed_from(default: Any) -> Callable[[Any], bool]:
-    return lambda value: value is not None and value != default
+def _several(value: Any) -> bool:
+    return value not in (None, 1)
 
 
 def _counts_episodes(train_freq: Any) -> bool:
-    return isinstance(train_freq, (list, tuple)) and train_freq[-1] == "episode"
+    return isinstance(train_freq, (list, tuple)) and "episode" in train_freq
 
 
 def _is_fixed(ent_coef: Any) -> bool:
-    return ent_coef is not None and not str(ent_coef).startswith("auto")
+    return not str(ent_coef).startswith("auto")
 
 
-CONTRADICTIONS: tuple[tuple[Condition, Condition], ...] = (
-    # off-policy; the Zoo makes an action_noise of noise_type and noise_std
-    *((("exploration_noise", _given), (name, _given)) for name in ("action_noise", "noise_type", "noise_std")),
-    (("exploration_noise", _missing), ("warmup", _is("noise"))),
-    (("n_steps", _changed_from(1)), ("optimize_memory_usage", _on)),
-    (("n_envs", _changed_from(1)), ("train_freq", _counts_episodes)),
-    # SACX
-    (("target_update_every", _given), ("target_update_interval", _changed_from(1))),
+OF_THE_ZOO = frozenset({"noise_type", "noise_std", "n_envs"})
+"""What the Zoo takes out of the hyperparameters before the constructor sees them; None where they are not given."""
+
+UNDECLARED: tuple[tuple[Condition, Condition], ...] = (
+    # of which the Zoo makes an action_noise
+    *((("exploration_noise", _given), (name, _given)) for name in ("noise_type", "noise_std")),
+    (("n_steps", _several), ("optimize_memory_usage", bool)),
+    (("n_envs", _several), ("train_freq", _counts_episodes)),
     (("ent_coef", _is_fixed), ("ent_coef_learning_rate", _given)),
-    (("value_network", _off), ("value_learning_rate", _given)),
-    # on-policy
-    (("rollout", _is_not("episodes")), ("drop_unfinished_episodes", _on)),
-    # PPOX
-    (("kl_stop", _given), ("target_kl", _given)),
-    (("surrogate", _is("penalty")), ("clip_range", _changed_from(0.2))),
-    *((("surrogate", _is_not("penalty")), (name, _given)) for name in ("kl_target", "kl_coef")),
-    *(
-        (("separate_phases", _off), (name, _given))
-        for name in (
-            *("policy_epochs", "value_epochs", "policy_sample_ratio", "value_sample_ratio"),
-            *("policy_learning_rate", "value_learning_rate", "value_stop_mse"),
-        )
-    ),
-    (("separate_phases", _off), ("kl_stop_scope", _is("policy"))),
-    (("clip_range_vf", _missing), ("clip_range_vf_mode", _is("max"))),
-    # Reinforce
-    *((("use_baseline", _is(False)), (name, _on)) for name in ("baseline_learning_rate", "bootstrap_truncated")),
-    # AC
-    (("critic", _is("q")), ("actor_trace_lambda", _on)),
-    (("deterministic_policy", _on), ("critic", _is_not("q"))),
-    *((("deterministic_policy", _on), (name, _on)) for name in ("critic_trace_lambda", "ent_coef", "use_sde")),
-    (("deterministic_policy", _off), ("exploration_std", _on)),
+    (("surrogate", lambda value: value == "penalty"), ("clip_range", lambda value: value != 0.2)),
+    *((("deterministic_policy", bool), (name, bool)) for name in ("ent_coef", "use_sde")),
 )
-"""Pairs of conditions that no constructor takes together. A name means the same in all algorithms that have it."""
+"""Pairs of conditions that constructors refuse together, beyond what their signatures declare."""
 
 
-def drop_contradicted(hyperparams: MutableMapping[str, Any], ranks: Mapping[str, int]) -> dict[str, str]:
+@cache
+def contradictions(cls: type) -> tuple[tuple[Condition, Condition], ...]:
+    """
+    :param cls: an algorithm
+    :return: pairs of conditions that its constructor refuses together
+    """
+    arguments = arguments_of(cls)
+    declared: list[tuple[Condition, Condition]] = []
+    for argument in arguments.values():
+        changed = argument.name, _is_changed(argument)
+        declared += [(changed, (one.name, _lacks(one, arguments[one.name]))) for one in argument.of_kind(Needs)]
+        declared += [(changed, (one.name, _is_changed(arguments[one.name]))) for one in argument.of_kind(Excludes)]
+    known = arguments.keys() | OF_THE_ZOO
+    return (*declared, *(pair for pair in UNDECLARED if all(name in known for name, _ in pair)))
+
+
+def _is_changed(argument: Argument) -> Callable[[Any], bool]:
+    return lambda value: not argument.is_default(value)
+
+
+def _lacks(needed: Needs, argument: Argument) -> Callable[[Any], bool]:
+    return lambda value: value not in needed.values if needed.values else argument.is_default(value)
+
+
+def drop_contradicted(cls: type, hyperparams: MutableMapping[str, Any], ranks: Mapping[str, int]) -> dict[str, str]:
     """
     Remove what contradicts a hyperparameter of a higher rank, and what cannot do without what has been removed.
 
     Contradictions within a rank stay, for the constructor to refuse.
 
+    :param cls: the algorithm that they are for
     :param hyperparams: from all sources, changed in place
     :param ranks: of those whose source goes before that of rank 0
     :return: what was removed, and the name that it gave way to
     """
     decided_by = dict(ranks)
     gave_way: dict[str, str] = {}
-    while outranked := _outranked(hyperparams, decided_by):
+    while outranked := _outranked(cls, hyperparams, decided_by):
         winner, loser = max(outranked, key=lambda names: decided_by[names[0]])
         del hyperparams[loser]
         decided_by[loser] = decided_by[winner]  # that it is missing is the winner's doing
@@ -104,12 +92,13 @@ def drop_contradicted(hyperparams: MutableMapping[str, Any], ranks: Mapping[str,
     return gave_way
 
 
-def _outranked(hyperparams: Mapping[str, Any], ranks: Mapping[str, int]) -> list[tuple[str, str]]:
+def _outranked(cls: type, hyperparams: Mapping[str, Any], ranks: Mapping[str, int]) -> list[tuple[str, str]]:
     """Winner and loser of each contradiction that ends when the loser is not given."""
+    defaults = {**dict.fromkeys(OF_THE_ZOO), **{name: argument.default for name, argument in arguments_of(cls).items()}}
     found = []
-    for pair in CONTRADICTIONS:
-        if all(holds(hyperparams.get(name)) for name, holds in pair):
+    for pair in contradictions(cls):
+        if all(holds(hyperparams.get(name, defaults[name])) for name, holds in pair):
             (loser, holds), (winner, _) = sorted(pair, key=lambda condition: ranks.get(condition[0], 0))
-            if ranks.get(loser, 0) < ranks.get(winner, 0) and loser in hyperparams and not holds(None):
+            if ranks.get(loser, 0) < ranks.get(winner, 0) and loser in hyperparams and not holds(defaults[loser]):
                 found.append((winner, loser))
     return found
