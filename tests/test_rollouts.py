@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper,
 from torch import nn
 
 from sb3_ac_ext import PPOX
-from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.base.signatures import arguments_of
 from sb3_ac_ext.buffers.rollouts import minibatches
 from sb3_ac_ext.validation import NonFiniteError, UnsupportedError
 
@@ -39,7 +39,7 @@ either_engine = pytest.mark.parametrize("engine", [True, False], ids=["engine on
 
 def make(row: Any, env: Any, **kwargs: Any) -> Any:
     sizes = {"n_steps": T, "batch_size": kwargs.get("n_steps", T), "gamma": 0.9, "gae_lambda": 0.8}
-    given = {name: value for name, value in sizes.items() if name in constructor_keys(algorithm_class(row))}
+    given = {name: value for name, value in sizes.items() if name in arguments_of(algorithm_class(row))}
     return small_model(row, env=env, **{**given, **kwargs})
 
 
