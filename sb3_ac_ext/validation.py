@@ -151,7 +151,7 @@ def plain(value: Any, annotation: Any) -> Any:
     :param annotation: as for `check`
     :return: with numbers of other libraries as Python's, as random generators, queues and slices take no others
     """
-    if type(value) in (bool, int, float, str, NoneType) or annotation is Any:
+    if type(value) in (bool, int, float, str, NoneType) or any(kind is Any for kind, _ in alternatives(annotation)):
         return value
     if hasattr(value, "item") and not isinstance(value, type):
         return value.item()
@@ -179,7 +179,8 @@ def legal(annotation: Any) -> str:
     words = dict.fromkeys(_in_words(kind, constraints) for kind, constraints in alternatives(annotation))
     words |= {"None": words.pop("None")} if "None" in words else {}  # last
     *others, last = words
-    return f"{', '.join(others)} or {last}" if others else last
+    comma = "," * any("," in word or len(others) > 1 for word in others)
+    return f"{', '.join(others)}{comma} or {last}" if others else last
 
 
 @cache

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from environments import BOX, CONTINUOUS, DICT, IMAGE, RandomEnv
 from gymnasium import spaces
-from models import algorithm_class, small_model
+from models import BY_ADAM, algorithm_class, rows, small_model
 from parallel_environments import Meadow
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -23,7 +23,7 @@ from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_ac_ext import AC, PPOX, SACX, Reinforce
 from sb3_ac_ext.base.schedules import as_schedule
-from sb3_ac_ext.validation import NonFiniteError, UnsupportedError
+from sb3_ac_ext.validation import LARGEST, NonFiniteError, UnsupportedError
 
 
 class NoSteps(gym.Wrapper):
@@ -83,6 +83,7 @@ VALUES: Cases = {
         ({"gamma": 1.5}, r"gamma must be a number in \[0, 1\], got 1.5"),
         ({"tau": -0.1}, r"tau must be a number in \[0, 1\], got -0.1"),
         *several(["batch_size", "buffer_size", "n_steps", "train_freq"], 0, r"{} must be an integer >= 1, got 0"),
+        *several(["batch_size", "n_steps"], 2**63 - 1, r"{} must be an integer >= 1 whose batch fits into memory, got .*9223"),
         ({"learning_starts": -1}, r"learning_starts must be a number >= 0, got -1"),
         ({"gradient_steps": -2}, r"gradient_steps must be an integer >= -1, got -2"),
         ({"train_freq": (1, "epoch")}, r"unit of train_freq must be one of 'step', 'episode', got 'epoch'"),
@@ -559,3 +560,11 @@ def test_a_rate_that_overflows_stops_at_the_update_that_did_it(row: str, rate: f
         model.learn(100)
     assert caught.type is NonFiniteError
     assert model.num_timesteps == steps
+
+
+@rows(BY_ADAM)
+@pytest.mark.parametrize("engine", [False, True])
+def test_the_largest_rate_stops_as_others_that_are_too_large(row: str, engine: bool) -> None:
+    """A step of it cannot be computed, which PyTorch calls by another error."""
+    with pytest.raises(NonFiniteError, match="lower the learning rate"):
+        small_model(row, learning_rate=LARGEST[float], engine=engine).learn(50)

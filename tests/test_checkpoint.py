@@ -26,6 +26,7 @@ import sb3_ac_ext.td3x
 from sb3_ac_ext import DDPGX, TD3X
 from sb3_ac_ext.base.checkpoint import atomic_file, random_state, set_random_state
 from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.validation import ArgumentError
 
 LENGTH = 5
 ROLLOUT = {"n_steps": LENGTH, "batch_size": LENGTH, "max_rollout_steps": LENGTH}
@@ -467,6 +468,16 @@ def test_load_changes_arguments_and_refuses_unknown_ones(row: str, tmp_path: Pat
         cls.load(tmp_path / "model", gamma=2)
     with pytest.raises(ValueError, match=r"device must be .*got 'gpu'"):
         cls.load(tmp_path / "model", device="gpu")
+
+
+def test_load_names_what_does_not_go_with_the_file(tmp_path: Path) -> None:
+    small_model("ac").save(tmp_path / "model")
+    with pytest.raises(ArgumentError, match=r"(?s)does not go with use_sde=True: .*log_std"):
+        algorithm_class("ac").load(tmp_path / "model", use_sde=True)
+    with pytest.raises(ArgumentError, match=r"does not go with policy_kwargs=.*: The specified policy kwargs do not equal"):
+        algorithm_class("ac").load(tmp_path / "model", policy_kwargs={"net_arch": [9]})
+    with pytest.raises(FileNotFoundError):
+        algorithm_class("ac").load(tmp_path / "another", gamma=0.5)
 
 
 def test_buffer_of_another_number_of_environments_is_refused(tmp_path: Path) -> None:

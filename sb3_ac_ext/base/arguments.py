@@ -70,9 +70,15 @@ def check_batch_fits(model: Any) -> None:
     """
     :raises ArgumentError: if a batch of transitions is larger than this machine's memory
     """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     numbers = 2 * spaces.flatdim(model.observation_space) + spaces.flatdim(model.action_space)
-    if 4 * numbers * int(model.batch_size) > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+    if 4 * numbers * int(model.batch_size) > memory:
         raise ArgumentError(f"batch_size must be an integer >= 1 whose batch fits into memory, got {model.batch_size}")
+    if 8 * int(model.batch_size) * int(model.n_steps) > memory:  # where each of its rewards is in the buffer
+        raise ArgumentError(
+            f"n_steps must be an integer >= 1 whose batch fits into memory, got n_steps={model.n_steps} with "
+            f"batch_size={model.batch_size}"
+        )
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from torch import nn
 
 from sb3_ac_ext.base.declarations import check_device
 from sb3_ac_ext.base.signatures import arguments_of
-from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, UnsupportedError, check_keys
+from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, UnsupportedError, check_keys, shown
 
 LIBRARIES = (__name__.partition(".")[0], "stable_baselines3", "sb3_contrib")
 """Whose policies are made for certain algorithms."""
@@ -346,8 +346,14 @@ class CheckpointMixin(BaseAlgorithm):
         if "stats_window_size" in kwargs:
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
         token = changed_by_load.set(frozenset(kwargs))
+        changed = {name: value for name, value in kwargs.items() if name not in load_arguments}
         try:
             model = super().load(path, *args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, ArgumentError) or not changed:
+                raise
+            given = ", ".join(f"{name.lstrip('_')}={shown(value)}" for name, value in changed.items())
+            raise ArgumentError(f"what the file has does not go with {given}: {error}") from error
         finally:
             changed_by_load.reset(token)
         if "seed" in kwargs:

@@ -156,6 +156,12 @@ class TrainingMixin(BaseAlgorithm):
             self._engine.end()
             self._check_finite({})  # which says where it comes from, if it is that
             raise
+        except RuntimeError as error:
+            if "without overflow" not in str(error):
+                raise
+            raise NonFiniteError(
+                f"{type(self).__name__}: a step became larger than a float32 by update {self._n_updates}; lower the learning rate"
+            ) from error
         means = self._engine.end()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, value in means.items():
