@@ -179,7 +179,7 @@ def legal(annotation: Any) -> str:
     words = dict.fromkeys(_in_words(kind, constraints) for kind, constraints in alternatives(annotation))
     words |= {"None": words.pop("None")} if "None" in words else {}  # last
     *others, last = words
-    comma = "," * any("," in word or len(others) > 1 for word in others)
+    comma = "," * (len(others) > 1 or any("," in word.partition(" in ")[0] for word in others))  # not of a range
     return f"{', '.join(others)}{comma} or {last}" if others else last
 
 

@@ -23,6 +23,7 @@ from sb3_ac_ext.validation import (
     Syntax,
     UnitInterval,
     check,
+    shown,
 )
 
 
@@ -32,12 +33,12 @@ def check_device(name: str, value: Any) -> None:
     :raises ValueError: if PyTorch has no such device
     """
     if not isinstance(value, str | th.device):
-        raise ArgumentTypeError(f"{name} must be {DEVICES}, got {value!r} of type {type(value).__name__}")
+        raise ArgumentTypeError(f"{name} must be {DEVICES}, got {shown(value)} of type {type(value).__name__}")
     try:
         if value != "auto" and th.device(value).type not in ("cpu", "cuda"):  # SB3 takes the CPU where there is no CUDA
             th.zeros((), device=value).cpu()
     except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise ArgumentError(f"{name} must be {DEVICES}, got {value!r}") from error
+        raise ArgumentError(f"{name} must be {DEVICES}, got {shown(value)}") from error
 
 
 def check_train_freq(name: str, value: Any) -> None:
@@ -47,7 +48,7 @@ def check_train_freq(name: str, value: Any) -> None:
     """
     pair = value if isinstance(value, tuple | list) else (value, "step")
     if len(pair) != 2:
-        raise ArgumentError(f"{name} must be {FREQUENCIES}, got {value!r}")
+        raise ArgumentError(f"{name} must be {FREQUENCIES}, got {shown(value)}")
     check(name, pair[0], PositiveInt)
     check(f"the unit of {name}", getattr(pair[1], "value", pair[1]), Literal["step", "episode"])
 
@@ -56,7 +57,7 @@ DEVICES = '"auto", "cpu", "cuda", or another device of PyTorch'
 FREQUENCIES = 'an integer >= 1, or a pair such as (2, "episode")'
 Device = Annotated[th.device | str, Syntax(DEVICES, check_device), Acts.NEVER]
 TrainFrequency = Annotated[int | tuple[int, str], Syntax(FREQUENCIES, check_train_freq), Acts.ROLLOUT]
-GradientBound = Annotated[Positive | dict[str, Positive] | None, Acts.UPDATE]
+GradientBound = Positive | dict[str, Positive | None] | None
 
 
 class CommonArguments:

@@ -31,7 +31,8 @@ class Argument:
 
     def of_kind(self, kind: type) -> Iterator[Any]:
         """What of a kind, such as `Needs`, is behind its type."""
-        return (one for one in alternatives(self.annotation)[0][1] if isinstance(one, kind))
+        behind = dict.fromkeys(one for _, constraints in alternatives(self.annotation) for one in constraints)
+        return (one for one in behind if isinstance(one, kind))
 
     @property
     def acts(self) -> Acts:

@@ -258,8 +258,8 @@ class SACX(OffPolicyMixin, SAC):
         return outputs
 
     def _ent_coef_loss(self, sample: PolicySample) -> th.Tensor:
-        assert self.log_ent_coef is not None and isinstance(self.target_entropy, float)
-        return ent_coef_loss(self.log_ent_coef, sample.log_prob.detach(), self.target_entropy)
+        assert self.log_ent_coef is not None
+        return ent_coef_loss(self.log_ent_coef, sample.log_prob.detach(), float(self.target_entropy))
 
     def _value_loss(self, batch: Transitions, sample: PolicySample, ent_coef: th.Tensor) -> th.Tensor:
         with th.no_grad():
