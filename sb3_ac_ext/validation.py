@@ -29,6 +29,7 @@ LARGEST = {int: sys.maxsize, float: (2 - 2**-23) * 2.0**127}
 
 LONGEST = 200
 """Letters of a value in a message."""
+COMPARISONS = {Ge: (">=", operator.ge), Gt: (">", operator.gt), Le: ("<=", operator.le), Lt: ("<", operator.lt)}
 
 
 class ArgumentError(ValueError, AssertionError):
@@ -130,8 +131,7 @@ def _error(name: str, value: Any, kind: Any, constraints: tuple[Any, ...]) -> ty
         number = _number(value, kind)
         if number is None:
             return ArgumentTypeError
-        within = abs(number) <= LARGEST[kind] and all(_holds(number, one) for one in constraints)
-        return None if within else ArgumentError
+        return None if abs(number) <= LARGEST[kind] and _within(number, constraints) else ArgumentError
     if get_origin(kind) is Literal:
         choices = get_args(kind)
         return None if isinstance(value, tuple(map(type, choices))) and value in choices else ArgumentError
@@ -218,17 +218,14 @@ def _number(value: Any, kind: type) -> float | None:
         return None
 
 
-def _holds(number: float, constraint: Any) -> bool:
-    match constraint:
-        case Ge(bound):
-            return bool(number >= bound)  # type: ignore[operator]  # bounds are numbers here
-        case Gt(bound):
-            return bool(number > bound)  # type: ignore[operator]
-        case Le(bound):
-            return bool(number <= bound)  # type: ignore[operator]
-        case Lt(bound):
-            return bool(number < bound)  # type: ignore[operator]
-    return True
+def _bounds(constraints: tuple[Any, ...]) -> list[tuple[str, Callable[[Any, Any], bool], Any]]:
+    """Of each bound of a range the sign, the comparison and the number."""
+    bounds = [one for one in constraints if type(one) in COMPARISONS]
+    return [(*COMPARISONS[type(bound)], getattr(bound, type(bound).__name__.lower())) for bound in bounds]
+
+
+def _within(number: float, constraints: tuple[Any, ...]) -> bool:
+    return all(compare(number, bound) for _, compare, bound in _bounds(constraints))
 
 
 def _is_a(value: Any, kind: Any) -> bool:
@@ -248,7 +245,7 @@ def _in_words(kind: Any, constraints: tuple[Any, ...]) -> str:
     if (syntax := syntax_in(constraints)) is not None:
         return syntax.legal
     if kind is int or kind is float:
-        return f"{'an integer' if kind is int else 'a number'}{_range_in_words(constraints, kind)}"
+        return f"{'an integer' if kind is int else 'a number'}{_range_in_words(constraints)}"
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(repr, get_args(kind)))}"
     if get_origin(kind) is type:
@@ -268,22 +265,17 @@ def _largest_in_words(value: Any, annotation: Any) -> str:
     """What is to be said where a number is legal but for its size."""
     for kind, constraints in alternatives(annotation):
         number = _number(value, kind) if kind in LARGEST else None
-        if number is not None and LARGEST[kind] < abs(number) and all(_holds(number, one) for one in constraints):
+        if number is not None and LARGEST[kind] < abs(number) and _within(number, constraints):
             return f" (and at most {LARGEST[kind]:.3g})"
     return ""
 
 
-def _range_in_words(constraints: tuple[Any, ...], kind: Any) -> str:
-    lows = [(one, one.ge if isinstance(one, Ge) else one.gt) for one in constraints if isinstance(one, Ge | Gt)]
-    highs = [(one, one.le if isinstance(one, Le) else one.lt) for one in constraints if isinstance(one, Le | Lt)]
-    if lows and highs:
-        (low, at_least), (high, at_most) = lows[-1], highs[-1]
-        return f" in {'[' if isinstance(low, Ge) else '('}{at_least}, {at_most}{']' if isinstance(high, Le) else ')'}"
-    if lows:
-        return f" {'>=' if isinstance(lows[-1][0], Ge) else '>'} {lows[-1][1]}"
-    if highs:
-        return f" {'<=' if isinstance(highs[-1][0], Le) else '<'} {highs[-1][1]}"
-    return ""
+def _range_in_words(constraints: tuple[Any, ...]) -> str:
+    bounds = sorted(_bounds(constraints), key=lambda bound: bound[0] in ("<", "<="))
+    if len(bounds) == 2:
+        (low, _, least), (high, _, most) = bounds
+        return f" in {'[' if low == '>=' else '('}{least}, {most}{']' if high == '<=' else ')'}"
+    return "".join(f" {sign} {bound}" for sign, _, bound in bounds)
 
 
 def _check_typed_dict(name: str, value: Any, kind: Any) -> None:
