@@ -361,8 +361,3 @@ def translated_assertions(model: Any) -> Iterator[None]:
         names = ("observation_space", "action_space", "policy_kwargs")
         given = ", ".join(f"{name}={getattr(model, name)}" for name in names if getattr(model, name, None))
         raise UnsupportedError(f"{type(model).__name__}: {error}; got {given}") from error
-
-
-def check_switch(name: str, value: Any) -> None:
-    """To be removed."""
-    check(name, value, bool)

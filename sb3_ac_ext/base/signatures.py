@@ -39,6 +39,14 @@ class Argument:
         """When another value acts that is set on a model which is there."""
         return next(self.of_kind(Acts), Acts.UPDATE)
 
+    @property
+    def limits(self) -> str:
+        """What is legal and what it goes with, in brackets; empty where anything is legal."""
+        words = [] if Any in (kind for kind, _ in alternatives(self.annotation)) else [legal(self.annotation)]
+        words += [f"needs {needed}" for needed in self.of_kind(Needs)]
+        words += [f"excludes {excluded.name}" for excluded in self.of_kind(Excludes)]
+        return f" ({'; '.join(words)})" if words else ""
+
     def check(self, value: Any) -> None:
         """
         :raises TypeError: if ``value`` is of the wrong type
@@ -147,8 +155,7 @@ def documented(cls: type) -> str | None:
     if not doc or "__init__" not in vars(cls):
         return doc
     arguments = arguments_of.__wrapped__(cls).values()  # names in annotations may not all be there yet
-    ranges = {one.name: "" if one.annotation is Any else f" ({legal(one.annotation)})" for one in arguments}
-    lines = [f"    :param {one.name}: {one.meaning}{ranges[one.name]}" for one in arguments if one.meaning]
+    lines = [f"    :param {one.name}: {one.meaning}{one.limits}" for one in arguments if one.meaning]
     params = "\n".join(textwrap.fill(line, 120, subsequent_indent=" " * 8) for line in lines)
     before, *_ = re.split(r"^ *:", doc, maxsplit=1, flags=re.MULTILINE)
     raises = re.search(r"^ *:raises .*", doc, re.MULTILINE | re.DOTALL)
