@@ -349,7 +349,8 @@ def check_mapping(name: str, value: Any, required: Collection[str], optional: Co
 @contextmanager
 def translated_assertions(model: Any) -> Iterator[None]:
     """
-    Turn the ``AssertionError`` that SB3 raises for a user's input into an `UnsupportedError` that also shows the spaces.
+    Turn the ``AssertionError`` that SB3 raises for a user's input into an `UnsupportedError` that also shows the spaces, and
+    name ``use_sde`` where SB3 speaks of gSDE.
 
     :param model: the algorithm that is being made
     """
@@ -361,3 +362,7 @@ def translated_assertions(model: Any) -> Iterator[None]:
         names = ("observation_space", "action_space", "policy_kwargs")
         given = ", ".join(f"{name}={getattr(model, name)}" for name in names if getattr(model, name, None))
         raise UnsupportedError(f"{type(model).__name__}: {error}; got {given}") from error
+    except ValueError as error:
+        if "gSDE" not in str(error):
+            raise
+        raise ArgumentError(f"use_sde must be False for action_space={model.action_space}, got True: {error}") from error

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from environments import BOX, CONTINUOUS, DICT, IMAGE, RandomEnv
 from gymnasium import spaces
-from models import BY_ADAM, algorithm_class, rows, small_model
+from models import BY_ADAM, algorithm_class, rows, small_model, taking
 from parallel_environments import Meadow
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -427,6 +427,13 @@ def test_what_is_legal_at_load(tmp_path: Any) -> None:
     PPOX.load(tmp_path / "penalised", custom_objects={"clip_range": lambda _: 0.0, "learning_rate": 0.0})
     small_model("reinforce").save(tmp_path / "model")
     assert Reinforce.load(tmp_path / "model", max_rollout_steps=None).predict(BOX.sample())[0].shape == (2,)
+
+
+@rows(taking("use_sde", "rollout"))
+def test_gsde_needs_a_box(row: str) -> None:
+    space = spaces.Discrete(3)
+    with pytest.raises(ValueError, match=r"use_sde must be False for action_space=Discrete\(3\), got True"):
+        small_model(row, env=env(action_space=space), use_sde=True)
 
 
 @pytest.mark.parametrize("batch_size", [10, 100], ids=["does not divide", "exceeds"])
