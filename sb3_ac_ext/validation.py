@@ -16,7 +16,7 @@ from decimal import Decimal
 from difflib import get_close_matches
 from enum import StrEnum
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NotRequired, Required, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -113,8 +113,8 @@ def check(name: str, value: Any, annotation: Any) -> None:
     :raises ArgumentError: if it is out of the range of its type
     """
     found: type[ArgumentError] = ArgumentTypeError
-    for kind, constraints in alternatives(annotation):
-        error = _error(name, value, kind, constraints)
+    for error_of in _checks(annotation):
+        error = error_of(name, value)
         if error is None:
             return
         found = ArgumentError if error is ArgumentError else found
@@ -122,26 +122,69 @@ def check(name: str, value: Any, annotation: Any) -> None:
     raise found(f"{name} must be {legal(annotation)}{_largest_in_words(value, annotation)}, got {shown(value)}{of_type}")
 
 
-def _error(name: str, value: Any, kind: Any, constraints: tuple[Any, ...]) -> type[ArgumentError] | None:
-    """What is wrong with a value that should be of a certain kind; None if it is legal."""
+Check = Callable[[str, Any], type[ArgumentError] | None]
+"""From a name and a value to what is wrong with it; None if it is legal."""
+
+
+@cache
+def _checks(annotation: Any) -> tuple[Check, ...]:
+    return tuple(_check_of(kind, constraints) for kind, constraints in alternatives(annotation))
+
+
+def _check_of(kind: Any, constraints: tuple[Any, ...]) -> Check:
     if (syntax := syntax_in(constraints)) is not None:
-        syntax.check(name, value)
-        return None
+        return partial(_syntax_error, syntax)
     if kind is int or kind is float:
-        number = _number(value, kind)
-        if number is None:
-            return ArgumentTypeError
-        return None if abs(number) <= LARGEST[kind] and _within(number, constraints) else ArgumentError
+        return partial(_number_error, kind, _bounds(constraints))
     if get_origin(kind) is Literal:
         choices = get_args(kind)
-        return None if isinstance(value, tuple(map(type, choices))) and value in choices else ArgumentError
-    if not _is_a(value, kind):
+        types = tuple(map(type, choices))
+        return lambda name, value: None if isinstance(value, types) and value in choices else ArgumentError
+    if get_origin(kind) is dict and get_args(kind)[1] is not Any:
+        return partial(_dict_error, get_args(kind)[1])
+    if is_typeddict(kind):
+        return partial(_typed_dict_error, kind)
+    is_one = _type_check(kind)
+    return lambda name, value: None if is_one(value) else ArgumentTypeError
+
+
+def _type_check(kind: Any) -> Callable[[Any], bool]:
+    origin = get_origin(kind)
+    if kind is Any:
+        return lambda value: True
+    if origin is type:
+        base = get_args(kind)[0]
+        return lambda value: isinstance(value, type) and issubclass(value, base)
+    types = {dict: Mapping, list: list | tuple}.get(origin, origin or kind)
+    return lambda value: isinstance(value, types)
+
+
+def _syntax_error(syntax: Syntax, name: str, value: Any) -> None:
+    syntax.check(name, value)  # which raises by itself
+
+
+def _number_error(kind: type, bounds: Any, name: str, value: Any) -> type[ArgumentError] | None:
+    number = _number(value, kind)
+    if number is None:
         return ArgumentTypeError
-    if get_origin(kind) is dict:
-        for key, part in value.items():
-            check(f"{name}[{key!r}]", part, get_args(kind)[1])
-    elif is_typeddict(kind):
-        _check_typed_dict(name, value, kind)
+    return None if abs(number) <= LARGEST[kind] and _within(number, bounds) else ArgumentError
+
+
+def _dict_error(values: Any, name: str, value: Any) -> type[ArgumentError] | None:
+    if not isinstance(value, Mapping):
+        return ArgumentTypeError
+    for key, part in value.items():
+        check(f"{name}[{key!r}]", part, values)
+    return None
+
+
+def _typed_dict_error(kind: Any, name: str, value: Any) -> type[ArgumentError] | None:
+    if not isinstance(value, Mapping):
+        return ArgumentTypeError
+    check_mapping(name, value, kind.__required_keys__, kind.__optional_keys__)
+    hints = _hints(kind)
+    for key, part in value.items():
+        check(f"{name}[{key!r}]", part, hints[key])
     return None
 
 
@@ -151,13 +194,11 @@ def plain(value: Any, annotation: Any) -> Any:
     :param annotation: as for `check`
     :return: with numbers of other libraries as Python's, as random generators, queues and slices take no others
     """
-    if type(value) in (bool, int, float, str, NoneType) or any(kind is Any for kind, _ in alternatives(annotation)):
-        return value
     if hasattr(value, "item") and not isinstance(value, type):
-        return value.item()
+        return value if any(kind is Any for kind, _ in alternatives(annotation)) else value.item()
     if type(value) in (tuple, list):
         return type(value)(plain(part, None) for part in value)
-    if isinstance(value, Mapping) and all(kind != dict[str, Any] for kind, _ in alternatives(annotation)):
+    if isinstance(value, dict) and all(kind != dict[str, Any] for kind, _ in alternatives(annotation)):
         parts = {key: plain(part, None) for key, part in value.items()}
         return value if all(parts[key] is value[key] for key in parts) else parts  # the user's, who may change it
     return value
@@ -224,21 +265,8 @@ def _bounds(constraints: tuple[Any, ...]) -> list[tuple[str, Callable[[Any, Any]
     return [(*COMPARISONS[type(bound)], getattr(bound, type(bound).__name__.lower())) for bound in bounds]
 
 
-def _within(number: float, constraints: tuple[Any, ...]) -> bool:
-    return all(compare(number, bound) for _, compare, bound in _bounds(constraints))
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    origin = get_origin(kind)
-    if kind is Any:
-        return True
-    if origin is type:
-        return isinstance(value, type) and issubclass(value, get_args(kind)[0])
-    if origin is dict or is_typeddict(kind):
-        return isinstance(value, Mapping)
-    if origin is list:
-        return isinstance(value, list | tuple)
-    return isinstance(value, origin or kind)
+def _within(number: float, bounds: list[tuple[str, Callable[[Any, Any], bool], Any]]) -> bool:
+    return all(compare(number, bound) for _, compare, bound in bounds)
 
 
 def _in_words(kind: Any, constraints: tuple[Any, ...]) -> str:
@@ -265,7 +293,7 @@ def _largest_in_words(value: Any, annotation: Any) -> str:
     """What is to be said where a number is legal but for its size."""
     for kind, constraints in alternatives(annotation):
         number = _number(value, kind) if kind in LARGEST else None
-        if number is not None and LARGEST[kind] < abs(number) and _within(number, constraints):
+        if number is not None and LARGEST[kind] < abs(number) and _within(number, _bounds(constraints)):
             return f" (and at most {LARGEST[kind]:.3g})"
     return ""
 
@@ -276,13 +304,6 @@ def _range_in_words(constraints: tuple[Any, ...]) -> str:
         (low, _, least), (high, _, most) = bounds
         return f" in {'[' if low == '>=' else '('}{least}, {most}{']' if high == '<=' else ')'}"
     return "".join(f" {sign} {bound}" for sign, _, bound in bounds)
-
-
-def _check_typed_dict(name: str, value: Any, kind: Any) -> None:
-    hints = _hints(kind)
-    check_mapping(name, value, kind.__required_keys__, kind.__optional_keys__)
-    for key, part in value.items():
-        check(f"{name}[{key!r}]", part, hints[key])
 
 
 @cache

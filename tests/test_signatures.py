@@ -56,10 +56,10 @@ def test_signatures_are_explicit(row: str) -> None:
 @rows()
 def test_defaults_are_those_of_a_model(row: str) -> None:
     """They are stored, so that a check after `load` sees the arguments."""
-    cls = algorithm_class(row)
     model = small_model(row)
-    for name in arguments_of(cls).keys() - REQUIRED:
-        model._argument(name)
+    for name, argument in arguments_of(algorithm_class(row)).items():
+        check(name, model._arguments()[name], argument.annotation)
+        assert hasattr(model, name) or name in ("policy", "stats_window_size")
     model.gamma = "half"
     with pytest.raises(TypeError, match=r"gamma must be a number in \[0, 1\], got 'half'"):
         model._check_arguments()
@@ -132,9 +132,9 @@ def test_what_is_passed_on() -> None:
 def test_what_goes_together_is_checked() -> None:
     arguments = arguments_of(algorithm_class("td3x"))
     values = {name: argument.default for name, argument in arguments.items()} | {"policy": "MlpPolicy", "env": None}
-    check_arguments(TD3X, values.__getitem__)
+    check_arguments(TD3X, values)
     with pytest.raises(ArgumentError, match="warmup='noise' needs exploration_noise, got exploration_noise=None"):
-        check_arguments(TD3X, (values | {"warmup": "noise"}).__getitem__)
+        check_arguments(TD3X, values | {"warmup": "noise"})
 
 
 @pytest.mark.parametrize("row", EVERY)

@@ -127,9 +127,10 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         else:
             NoiseSchedule.parse(self.exploration_noise)
 
-    def _argument(self, name: str) -> Any:
-        """See `TrainingMixin._argument`; the process that ``exploration_noise`` makes is no argument."""
-        return None if name == "action_noise" and self._noise is not None else super()._argument(name)
+    def _arguments(self) -> dict[str, Any]:
+        """See `TrainingMixin._arguments`; the process that ``exploration_noise`` makes is no argument."""
+        made = {} if self._noise is None else {"action_noise": None}
+        return {**super()._arguments(), **made}
 
     # The buffer is made when training or the user first asks for it: a model loaded to predict needs none.
 

@@ -3,14 +3,14 @@
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from inspect import Parameter
 from types import MappingProxyType
 from typing import Any, get_type_hints
 
-from sb3_ac_ext.validation import Acts, ArgumentError, Excludes, Needs, alternatives, check, legal, plain
+from sb3_ac_ext.validation import Acts, ArgumentError, Excludes, Needs, alternatives, check, legal, plain, shown
 
 NOT_ARGUMENTS = frozenset({"self", "_init_setup_model"})
 
@@ -31,8 +31,12 @@ class Argument:
 
     def of_kind(self, kind: type) -> Iterator[Any]:
         """What of a kind, such as `Needs`, is behind its type."""
-        behind = dict.fromkeys(one for _, constraints in alternatives(self.annotation) for one in constraints)
-        return (one for one in behind if isinstance(one, kind))
+        return (one for one in self.behind if isinstance(one, kind))
+
+    @cached_property
+    def behind(self) -> tuple[Any, ...]:
+        """All that stands behind its types in ``Annotated``."""
+        return tuple(dict.fromkeys(one for _, constraints in alternatives(self.annotation) for one in constraints))
 
     @property
     def acts(self) -> Acts:
@@ -98,8 +102,13 @@ def passed_on(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     :param given: its ``locals()``
     :return: the arguments that the constructors behind it take, by name
     """
-    names = {name for _, parameters in _constructors(cls, behind=True) for name in parameters}
+    names = _names_behind(cls)
     return {name: value for name, value in given.items() if name in names}
+
+
+@cache
+def _names_behind(cls: type) -> frozenset[str]:
+    return frozenset(name for _, parameters in _constructors(cls, behind=True) for name in parameters)
 
 
 def check_given(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,39 +120,44 @@ def check_given(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     :raises ValueError: if one is out of range
     """
     arguments = arguments_of(cls)
-    for name in given.keys() & arguments.keys():
-        arguments[name].check(given[name])
-    return {name: plain(value, arguments[name].annotation) if name in arguments else value for name, value in given.items()}
+    changed = {name: value for name, value in given.items() if name in arguments and value is not arguments[name].default}
+    for name, value in changed.items():
+        arguments[name].check(value)
+    return {**given, **{name: plain(value, arguments[name].annotation) for name, value in changed.items()}}
 
 
-def check_arguments(cls: type, value_of: Callable[[str], Any]) -> None:
+def check_arguments(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """
     Each argument by itself, then what goes together.
 
     :param cls: an algorithm
-    :param value_of: from an argument's name to its value
+    :param values: of all its arguments
+    :return: those that are numbers of other libraries, as Python's
     :raises TypeError: if an argument is of the wrong type
     :raises ValueError: if one is out of range, or does not go with another
     """
     arguments = arguments_of(cls)
-    values = {name: value_of(name) for name in arguments}
     changed = [argument for name, argument in arguments.items() if values[name] is not argument.default]
     for argument in changed:
         argument.check(values[argument.name])
     for argument in changed:
-        name = argument.name
-        if argument.is_default(values[name]):
-            continue
-        for needed in argument.of_kind(Needs):
-            other = values[needed.name]
-            if not (other in needed.values if needed.values else not arguments[needed.name].is_default(other)):
-                raise ArgumentError(f"{name}={values[name]!r} needs {needed}, got {needed.name}={other!r}")
-        for excluded in argument.of_kind(Excludes):
-            if not arguments[excluded.name].is_default(values[excluded.name]):
-                raise ArgumentError(
-                    f"{excluded.name} and {name} exclude each other, got {excluded.name}={values[excluded.name]!r} and "
-                    f"{name}={values[name]!r}"
-                )
+        if not argument.is_default(values[argument.name]):
+            _check_relations(argument, arguments, values)
+    numbers = {argument.name: plain(values[argument.name], argument.annotation) for argument in changed}
+    return {name: number for name, number in numbers.items() if number is not values[name]}
+
+
+def _check_relations(argument: Argument, arguments: Mapping[str, Argument], values: Mapping[str, Any]) -> None:
+    name, value = argument.name, shown(values[argument.name])
+    for needed in argument.of_kind(Needs):
+        other = values[needed.name]
+        if not (other in needed.values if needed.values else not arguments[needed.name].is_default(other)):
+            raise ArgumentError(f"{name}={value} needs {needed}, got {needed.name}={shown(other)}")
+    for excluded in argument.of_kind(Excludes):
+        other = values[excluded.name]
+        if not arguments[excluded.name].is_default(other):
+            both = f"{excluded.name} and {name}"
+            raise ArgumentError(f"{both} exclude each other, got {excluded.name}={shown(other)} and {name}={value}")
 
 
 def documented(cls: type) -> str | None:

@@ -19,7 +19,7 @@ from sb3_ac_ext.base.declarations import CommonArguments
 from sb3_ac_ext.base.schedules import as_schedule
 from sb3_ac_ext.base.signatures import arguments_of, check_arguments, documented
 from sb3_ac_ext.engine import Engine, Network
-from sb3_ac_ext.validation import NonFiniteError, check_keys, check_mapping, check_number, plain
+from sb3_ac_ext.validation import NonFiniteError, check_keys, check_mapping, check_number
 
 ATTRIBUTES = {"stats_window_size": "_stats_window_size", "policy": "policy_class"}
 """Where SB3 keeps arguments under other names than theirs."""
@@ -65,17 +65,14 @@ class TrainingMixin(BaseAlgorithm):
         :raises ValueError: if one is out of range or contradicts another
         :raises UnsupportedError: if the spaces or a combination of arguments cannot be served
         """
-        check_arguments(type(self), self._argument)
-        for name, argument in arguments_of(type(self)).items():
-            attribute = ATTRIBUTES.get(name, name)
-            if attribute in vars(self):
-                setattr(self, attribute, plain(vars(self)[attribute], argument.annotation))
+        for name, number in check_arguments(type(self), self._arguments()).items():
+            setattr(self, ATTRIBUTES.get(name, name), number)
         check_kwargs("policy_kwargs", self.policy_kwargs, self.policy_class, POLICY_GETS)
 
-    def _argument(self, name: str) -> Any:
-        """The value that a constructor's argument has now."""
-        default = arguments_of(type(self))[name].default  # a user's class need not keep it
-        return getattr(self, ATTRIBUTES.get(name, name), default)
+    def _arguments(self) -> dict[str, Any]:
+        """The constructor's arguments as they are now; their defaults where a user's class does not keep them."""
+        arguments = arguments_of(type(self)).items()
+        return {name: getattr(self, ATTRIBUTES.get(name, name), argument.default) for name, argument in arguments}
 
     def _networks(self) -> Mapping[str, Network]:
         """The networks that are trained, by their names, as everything is now; see `_network`."""
@@ -160,7 +157,8 @@ class TrainingMixin(BaseAlgorithm):
             if "without overflow" not in str(error):
                 raise
             raise NonFiniteError(
-                f"{type(self).__name__}: a step became larger than a float32 by update {self._n_updates}; lower the learning rate"
+                f"{type(self).__name__}: a step became larger than a float32 by update {self._n_updates}; "
+                "lower the learning rate"
             ) from error
         means = self._engine.end()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
