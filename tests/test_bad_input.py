@@ -411,6 +411,7 @@ def test_arguments(row: str, kwargs: dict[str, Any], error: type[Exception], mes
         ),
         ("ac", {"critic": "q"}, {"deterministic_policy": True}, r"policy was made for, got 'q' and True with .*QMlpPolicy"),
         ("sacx", {"value_network": True}, {"value_network": False}, r"what the policy was made with, True, got False"),
+        ("sacx", {}, {"use_sde": True}, r"use_sde must be what the policy was made with, False, got True"),
         ("maddpg", {"centralised": False}, {"centralised": True}, r"what the policy was made with, False, got True"),
     ],
     ids=str,

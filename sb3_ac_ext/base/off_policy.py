@@ -118,6 +118,9 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         if isinstance(self.train_freq, list):  # as YAML has it; SB3 wants tuples
             self.train_freq = tuple(self.train_freq)
         check_episodes_of_one(self)
+        made_with_sde = self.policy_kwargs.get("use_sde", self.use_sde)
+        if made_with_sde != self.use_sde:  # at load
+            raise ArgumentError(f"use_sde must be what the policy was made with, {made_with_sde}, got {self.use_sde}")
         check_buffer(self)
         check_batch_fits(self)
         if self.exploration_noise is None:
