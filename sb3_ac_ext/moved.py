@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 _ROOMS = {
-    "base": "arguments checkpoint environment_checks noise off_policy on_policy online schedules typing",
+    "base": "arguments checkpoint environment_checks noise off_policy on_policy online schedules",
     "buffers": "replay rollouts",
     "ddpgx": "parameter_noise",
     "envs": "frames",

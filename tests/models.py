@@ -20,7 +20,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from sb3_ac_ext import ACKTR, MADDPG
-from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.base.signatures import arguments_of
 from sb3_ac_ext.networks.actor_critic import SeparateCnnPolicy
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
@@ -34,7 +34,7 @@ def where(holds: Callable[[Any], bool]) -> tuple[str, ...]:
 
 def taking(*arguments: str) -> tuple[str, ...]:
     """The rows whose constructors take all of these."""
-    return where(lambda cls: set(arguments) <= constructor_keys(cls))
+    return where(lambda cls: set(arguments) <= arguments_of(cls).keys())
 
 
 EVERY = where(lambda _: True)
@@ -220,7 +220,7 @@ def small_model(row: Row, variant: str = "mlp", *, env: Any = None, **changes: A
     cls, kind = algorithm_class(row), VARIANTS[variant]
     off_policy = issubclass(cls, OffPolicyAlgorithm)
     sizes = OFF_POLICY_SIZES if off_policy else ON_POLICY_SIZES
-    sizes = {name: value for name, value in sizes.items() if name in constructor_keys(cls)}
+    sizes = {name: value for name, value in sizes.items() if name in arguments_of(cls)}
     own: dict[str, Any] = {"net_arch": [8], "optimizer_kwargs": {"eps": EPS}}
     if issubclass(cls, ACKTR):  # whose rate is the largest step of an optimizer of its own
         del sizes["learning_rate"], own["optimizer_kwargs"]

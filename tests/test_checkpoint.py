@@ -25,7 +25,7 @@ import sb3_ac_ext.base.off_policy
 import sb3_ac_ext.td3x
 from sb3_ac_ext import DDPGX, TD3X
 from sb3_ac_ext.base.checkpoint import atomic_file, random_state, set_random_state
-from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.base.signatures import arguments_of
 from sb3_ac_ext.validation import ArgumentError
 
 LENGTH = 5
@@ -34,7 +34,7 @@ ROLLOUT = {"n_steps": LENGTH, "batch_size": LENGTH, "max_rollout_steps": LENGTH}
 
 
 def make(row: Any = "td3x", env: Any = None, **changes: Any) -> Any:
-    sizes = {} if row in OFF_POLICY else {k: v for k, v in ROLLOUT.items() if k in constructor_keys(algorithm_class(row))}
+    sizes = {} if row in OFF_POLICY else {k: v for k, v in ROLLOUT.items() if k in arguments_of(algorithm_class(row))}
     return small_model(row, env=env or scripted(), **{**sizes, **changes})
 
 
@@ -337,7 +337,7 @@ def test_names_are_completed_as_sb3_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize("row", ["td3x", "ddpgx", "sacx", "ppox"])
 def test_stored_arguments_are_json(row: str, tmp_path: Path) -> None:
     """SB3 pickles some attributes; ours add none."""
-    rates = {name: "lin_1e-4" for name in constructor_keys(algorithm_class(row)) if name.endswith("_learning_rate")}
+    rates = {name: "lin_1e-4" for name in arguments_of(algorithm_class(row)) if name.endswith("_learning_rate")}
     shared = SHARED_EXTRAS["extras"] if row in OFF_POLICY else {}
     kwargs = {**shared, **OWN_EXTRAS.get(row, {}), **rates}
     kwargs.pop("policy_kwargs", None)

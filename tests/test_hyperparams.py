@@ -19,7 +19,7 @@ from stable_baselines3 import DDPG, PPO, SAC, TD3
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from torch import nn  # noqa: F401 (for the values that the Zoo evaluates)
 
-from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.base.signatures import arguments_of
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec, data_dir
 
 ZOO_KEYS = frozenset(
@@ -104,7 +104,7 @@ def test_first_line_names_the_source(path: Path):
 @every_file
 def test_keys_are_arguments_and_required_ones_are_there(path: Path):
     cls = spec_of(path).cls
-    allowed = ZOO_KEYS | constructor_keys(cls) | (NOISE_KEYS if issubclass(cls, OffPolicyAlgorithm) else frozenset())
+    allowed = ZOO_KEYS | arguments_of(cls).keys() | (NOISE_KEYS if issubclass(cls, OffPolicyAlgorithm) else frozenset())
     for env_id, values in read(path).items():
         assert set(values) <= allowed, env_id
         assert {"policy", "n_timesteps"} <= set(values), env_id
@@ -170,7 +170,7 @@ def test_entry_trains(path: Path, env_id: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(ALGOS, spec.name, spec.cls)
     monkeypatch.chdir(tmp_path)  # MuJoCo writes a log file where it runs
     small = OFF_POLICY if issubclass(spec.cls, OffPolicyAlgorithm) else ON_POLICY
-    override = {name: value for name, value in small.items() if name in constructor_keys(spec.cls) | ZOO_KEYS}
+    override = {name: value for name, value in small.items() if name in arguments_of(spec.cls).keys() | ZOO_KEYS}
     if spec.name == "reinforce":
         override["learning_rate"] = 1e-3  # an episode may be all of the training, and a falling rate is 0 behind it
     manager = ExperimentManager(

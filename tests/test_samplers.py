@@ -27,7 +27,7 @@ from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckA
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.base.signatures import arguments_of
 from sb3_ac_ext.zoo import patch
 from sb3_ac_ext.zoo.precedence import drop_contradicted
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec, data_dir
@@ -135,7 +135,7 @@ def with_tiny_networks(sampled: dict[str, Any]) -> dict[str, Any]:
 def test_every_draw_is_accepted_by_the_constructor(spec: AlgoSpec, additional_args: dict[str, Any]):
     her = additional_args["using_her_replay_buffer"]
     for n_actions, sampled, trial in many(spec.name, her):
-        assert set(sampled) <= constructor_keys(spec.cls)
+        assert set(sampled) <= arguments_of(spec.cls).keys()
         assert set(sampled.get("replay_buffer_kwargs", {})) <= set(inspect.signature(HerReplayBuffer).parameters)
         # of the off-policy ones, which take most of the time, there are few kinds
         with_networks = trial.number < 100 or not is_off_policy(spec)
@@ -148,7 +148,7 @@ def test_every_draw_is_accepted_by_the_constructor(spec: AlgoSpec, additional_ar
 def test_some_draws_train(spec: AlgoSpec, additional_args: dict[str, Any]):
     her = additional_args["using_her_replay_buffer"]
     soon = OFF_POLICY if issubclass(spec.cls, OffPolicyAlgorithm) else ON_POLICY
-    soon = {name: value for name, value in soon.items() if name in constructor_keys(spec.cls)}
+    soon = {name: value for name, value in soon.items() if name in arguments_of(spec.cls)}
     for n_actions, sampled, _ in draw(spec, additional_args, number=3):
         model = build(spec, n_actions, her, {**sampled, **soon})
         model.learn(12)
@@ -243,10 +243,10 @@ def entries_of(spec: AlgoSpec) -> list[dict[str, Any]]:
     contents = [values for file in files for values in yaml.safe_load(file.read_text()).values()]
     texts = {yaml.dump({key: value for key, value in values.items() if key not in OF_THE_ENVIRONMENT}) for values in contents}
     entries = [yaml.safe_load(text) for text in sorted(texts)]
-    rates = {name for name in constructor_keys(spec.cls) if name.endswith("_learning_rate")}
+    rates = {name for name in arguments_of(spec.cls) if name.endswith("_learning_rate")}
     with_rates = {**entries[0], **dict.fromkeys(rates, 0.123)}
     noise = {**OWN_NOISE, "parameter_noise": {"std": 0.05, "distance": 0.2}}
-    noise = {name: value for name, value in noise.items() if name in constructor_keys(spec.cls)}
+    noise = {name: value for name, value in noise.items() if name in arguments_of(spec.cls)}
     without_noise = {name: value for name, value in entries[0].items() if name not in ("noise_type", "noise_std")}
     return [*entries, with_rates, *([{**without_noise, **noise}] if noise else [])]
 

@@ -26,7 +26,7 @@ from conftest import Command
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_pkl
 
-from sb3_ac_ext.base.typing import constructor_keys
+from sb3_ac_ext.base.signatures import arguments_of
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
 one_of_each_kind = pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def small(spec: AlgoSpec, **hyperparams: Any) -> list[str]:
     """``-params`` that make a training take a second."""
     chosen = {"policy_kwargs": {"net_arch": [16]}, "n_envs": 1, **hyperparams}
     of_the_kind = {"learning_starts": 100, "buffer_size": 2000} if is_off_policy(spec) else {"n_steps": 50, "batch_size": 50}
-    chosen |= {name: value for name, value in of_the_kind.items() if name in constructor_keys(spec.cls)}
+    chosen |= {name: value for name, value in of_the_kind.items() if name in arguments_of(spec.cls)}
     return params(**chosen)
 
 
