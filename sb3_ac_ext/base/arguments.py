@@ -1,5 +1,6 @@
 """Checks of spaces, policies and buffers, and of what goes together, beyond what the arguments' declarations say."""
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,15 +13,10 @@ from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.policies import BasePolicy
 
 from sb3_ac_ext.base.signatures import arguments_of, takes_anything
-from sb3_ac_ext.validation import (
-    ArgumentError,
-    ArgumentTypeError,
-    UnsupportedError,
-    check,
-    check_keys,
-    shown,
-)
+from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, UnsupportedError, check, check_keys, shown
 
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+"""Bytes that this machine has, where it says so."""
 PACKAGE = __name__.partition(".")[0]
 POLICY_GETS = frozenset({"observation_space", "action_space", "lr_schedule"})
 BUFFER_GETS = frozenset(
@@ -70,11 +66,10 @@ def check_batch_fits(model: Any) -> None:
     """
     :raises ArgumentError: if a batch of transitions is larger than this machine's memory
     """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     numbers = 2 * spaces.flatdim(model.observation_space) + spaces.flatdim(model.action_space)
-    if 4 * numbers * int(model.batch_size) > memory:
+    if 4 * numbers * int(model.batch_size) > MEMORY:
         raise ArgumentError(f"batch_size must be an integer >= 1 whose batch fits into memory, got {model.batch_size}")
-    if 8 * int(model.batch_size) * int(model.n_steps) > memory:  # where each of its rewards is in the buffer
+    if 8 * int(model.batch_size) * int(model.n_steps) > MEMORY:  # where each of its rewards is in the buffer
         raise ArgumentError(
             f"n_steps must be an integer >= 1 whose batch fits into memory, got n_steps={model.n_steps} with "
             f"batch_size={model.batch_size}"
