@@ -207,9 +207,12 @@ def plain(value: Any, annotation: Any) -> Any:
 def shown(value: Any) -> str:
     """A value in a message: not longer than a line or two, and without an error of its own."""
     try:
-        return text if len(text := repr(value)) <= LONGEST else f"{text[:LONGEST]}..."
+        text = repr(value)
     except Exception:  # as of an integer with thousands of digits
-        return object.__repr__(value)
+        if type(value) is not dict:
+            return object.__repr__(value)
+        text = f"{{{', '.join(f'{key!r}: {shown(part)}' for key, part in value.items())}}}"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def legal(annotation: Any) -> str:

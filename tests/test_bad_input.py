@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from environments import BOX, CONTINUOUS, DICT, IMAGE, RandomEnv
 from gymnasium import spaces
-from models import BY_ADAM, algorithm_class, rows, small_model, taking
+from models import BY_ADAM, ON_POLICY, algorithm_class, rows, small_model, taking
 from parallel_environments import Meadow
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -428,6 +428,14 @@ def test_what_is_legal_at_load(tmp_path: Any) -> None:
     PPOX.load(tmp_path / "penalised", custom_objects={"clip_range": lambda _: 0.0, "learning_rate": 0.0})
     small_model("reinforce").save(tmp_path / "model")
     assert Reinforce.load(tmp_path / "model", max_rollout_steps=None).predict(BOX.sample())[0].shape == (2,)
+
+
+@rows(ON_POLICY)
+@pytest.mark.parametrize("log_std", [-104.0, 89.0, "small"])
+def test_a_std_that_no_action_can_have(row: str, log_std: Any) -> None:
+    message = rf"policy_kwargs\['log_std_init'\] must be a number in \[-103, 88\], got {log_std!r}"
+    with pytest.raises(ValueError, match=message):
+        small_model(row, env=env(), policy_kwargs={"log_std_init": log_std})
 
 
 @rows(taking("use_sde", "rollout"))

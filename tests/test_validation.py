@@ -24,6 +24,7 @@ from sb3_ac_ext.validation import (
     check_number,
     legal,
     plain,
+    shown,
 )
 
 
@@ -193,3 +194,17 @@ def test_dicts_of_anything_stay_as_they_are() -> None:
 def test_a_rate_is_shown_as_it_was_given(rate: str, error: str) -> None:
     with pytest.raises(ArgumentError, match=rf"rate must be .*{error}"):
         as_schedule("rate", rate)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"a": 1.0}, r"\{'a': 1.0\}"),
+        ("x" * 300, r"'x{199}\.\.\."),
+        (10**5000, r"<int object at \w+>"),
+        ({"a": [1], "b": {"c": 10**5000}}, r"\{'a': \[1\], 'b': \{'c': <int object at \w+>\}\}"),
+    ],
+    ids=["short", "long", "digits", "digits within"],
+)
+def test_values_in_messages(value: Any, expected: str) -> None:
+    assert re.fullmatch(expected, shown(value))

@@ -33,10 +33,12 @@ from sb3_ac_ext.base.signatures import check_given
 from sb3_ac_ext.base.training import TrainingMixin
 from sb3_ac_ext.buffers.rollouts import Samples, copied, fill_estimates, flattened
 from sb3_ac_ext.engine import Engine, Outputs
-from sb3_ac_ext.validation import NonFiniteError, UnsupportedError, translated_assertions
+from sb3_ac_ext.validation import NonFiniteError, UnsupportedError, check_number, translated_assertions
 
 AUTOMATIC_BUFFERS = (RolloutBuffer, DictRolloutBuffer)
 """What SB3 chooses when no class is given, for arrays and for dicts, and stores in its zips as if it had been."""
+LOG_STD = -103, 88
+"""Between these a standard deviation is neither 0 nor infinite in float32."""
 ROWS = 8192
 """Samples that are evaluated together at most where a whole rollout is, which bounds the memory of the layers' outputs."""
 
@@ -106,6 +108,7 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         check_environment(self)
         check_choices_from_zero(self.action_space)
         super()._check_arguments()
+        check_number("policy_kwargs['log_std_init']", (self.policy_kwargs or {}).get("log_std_init", 0.0), *LOG_STD)
         if self.rollout == "episodes" and self.rollout_buffer_class not in (None, *AUTOMATIC_BUFFERS):
             raise UnsupportedError(
                 f"rollout='episodes' fills SB3's own buffers, got rollout_buffer_class={self.rollout_buffer_class}"
