@@ -384,7 +384,7 @@ def translated_assertions(model: Any) -> Iterator[None]:
         raise
     except AssertionError as error:
         names = ("observation_space", "action_space", "policy_kwargs")
-        given = ", ".join(f"{name}={getattr(model, name)}" for name in names if getattr(model, name, None))
+        given = ", ".join(f"{name}={shown(getattr(model, name))}" for name in names if getattr(model, name, None))
         raise UnsupportedError(f"{type(model).__name__}: {error}; got {given}") from error
     except ValueError as error:
         if "gSDE" not in str(error):

@@ -107,6 +107,10 @@ VALUES: Cases = {
         (noise(mean=np.zeros(3), sigma=np.ones(3)), r"action_noise must have the shape of an action, \(2,\), or broadcast"),
         (noise(sigma=np.ones(3)), r"action_noise must have the shape"),
         (noise(initial_noise=np.zeros(3)), r"action_noise must have the shape of an action.*initial_noise of \(3,\)"),
+        (
+            {"action_noise": VectorizedActionNoise(noise(mean=np.zeros(3), sigma=np.ones(3))["action_noise"], 1)},
+            r"action_noise must have the shape of an action, .*got VecNoise.*mu of \(3,\)",
+        ),
         (noise(dt=0), r"the dt of action_noise must be a number >= 1e-09, got 0"),
         ({"action_noise": VectorizedActionNoise(noise(dt=-0.01)["action_noise"], 1)}, r"the dt of action_noise .*got -0.01"),
         ({"optimize_memory_usage": True}, r"optimize_memory_usage.*handle_timeout_termination"),
@@ -428,6 +432,11 @@ def test_what_is_legal_at_load(tmp_path: Any) -> None:
     PPOX.load(tmp_path / "penalised", custom_objects={"clip_range": lambda _: 0.0, "learning_rate": 0.0})
     small_model("reinforce").save(tmp_path / "model")
     assert Reinforce.load(tmp_path / "model", max_rollout_steps=None).predict(BOX.sample())[0].shape == (2,)
+
+
+def test_arguments_that_cannot_be_printed_are_shown() -> None:
+    with pytest.raises(UnsupportedError, match=r"policy_kwargs=\{'net_arch': \{'actor': <int"):
+        small_model("ddpgx", env=env(), policy_kwargs={"net_arch": {"actor": 10**5000}})
 
 
 @rows(ON_POLICY)

@@ -125,11 +125,11 @@ def check_action_noise(noise: Any, shape: tuple[int, ...]) -> None:
     if not all(_broadcasts(size, shape) for size in shapes.values()):
         given = ", ".join(f"{name.lstrip('_')} of {size}" for name, size in shapes.items())
         legal = f"action_noise must have the shape of an action, {shape}, or broadcast to it"
-        raise ArgumentError(f"{legal}, got {process!r} ({given})")
+        raise ArgumentError(f"{legal}, got {noise!r} ({given})")
     if isinstance(process, OrnsteinUhlenbeckActionNoise):
         check_number("the dt of action_noise", process._dt, low=LOWEST_DT)
         if process._theta * process._dt >= 2:
             raise ArgumentError(
-                f"theta times dt of action_noise must be < 2, beyond which the process grows without bound, got {process!r} "
+                f"theta times dt of action_noise must be < 2, beyond which the process grows without bound, got {noise!r} "
                 f"with dt={process._dt}"
             )
