@@ -182,7 +182,7 @@ class TRPOX(OnPolicyMixin, TRPO):
         with self._updates():
             samples = self._samples()
             everything = next(minibatches(samples, samples.size))  # in random order, so that every k-th is a random share
-            self._update_policy(everything.at(slice(None, None, self.sub_sampling_factor)))
+            self._update_policy(_one_of(everything, self.sub_sampling_factor))
             for _ in range(self.n_critic_updates):
                 for batch in minibatches(samples, self.batch_size):
                     self._run(self._update_value, batch)
@@ -228,7 +228,7 @@ class TRPOX(OnPolicyMixin, TRPO):
         gradients = th.autograd.grad(objective, parameters, retain_graph=True, materialize_grads=True)
         gradient, described = flatten(gradients), describe(distribution)
         if self.fvp_subsample > 1:
-            distribution = self.policy.get_distribution(batch.at(slice(None, None, self.fvp_subsample)).observations)
+            distribution = self.policy.get_distribution(_one_of(batch, self.fvp_subsample).observations)
         product, weight = fisher_product(statistics(distribution), parameters), self._kl_weight()
         found = natural_step(lambda v: weight * product(v), gradient, self.target_kl, self.cg_damping, self.cg_max_steps)
         return {
@@ -284,6 +284,11 @@ class TRPOX(OnPolicyMixin, TRPO):
             rest = [number for number in range(len(order)) if number not in share]
             translated["policy.optimizer"], _ = split_optimizer_state(state, (share, rest))
         return translated
+
+
+def _one_of(samples: Samples, number: int) -> Samples:
+    """One of so many samples, and at least one; a slice's step is no larger than memory."""
+    return samples.at(slice(None, None, min(number, samples.size)))
 
 
 @th.no_grad()

@@ -542,3 +542,10 @@ def test_logged_quantities() -> None:
     assert numbers["n_updates"] == numbers["is_line_search_success"] == 1
     assert 0 < numbers["kl_divergence_loss"] <= 0.01
     assert 0 < numbers["policy_predicted_kl"] <= 0.01
+
+
+@either_engine
+@pytest.mark.parametrize("name", ["sub_sampling_factor", "fvp_subsample"])
+def test_one_sample_of_a_rollout_at_least(name: str, engine: bool) -> None:
+    few, none = (flat(make(engine=engine, **{name: number}).learn(STEPS).policy) for number in (STEPS, 2**63 - 1))
+    th.testing.assert_close(none, few, rtol=0, atol=0)

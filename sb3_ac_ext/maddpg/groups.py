@@ -50,7 +50,10 @@ def parse_groups(parameter_sharing: Any, layout: Layout) -> Groups:
     for group in shared:
         if not layout.alike(group):
             names = ", ".join(layout.names[agent] for agent in group)
-            raise ArgumentError(f"agents in one list of parameter_sharing must have spaces of one size and kind, got {names}")
+            raise ArgumentError(
+                f"agents in one list of parameter_sharing must have spaces of one size and kind, got {parameter_sharing!r} "
+                f"with {names}"
+            )
     return tuple(sorted([*shared, *((agent,) for agent in range(len(layout)) if agent not in members)]))
 
 
