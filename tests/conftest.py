@@ -1,6 +1,7 @@
 """What several test modules share: commands in their own process, because that is how RL Zoo is used."""
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,24 @@ CHECKOUT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # the networks of the tests are small
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many configurations `test_fuzz.py` draws: always the same 200, or any others."""
+    parser.addoption("--fuzz", type=int, help="draw so many configurations of all algorithms, others each time")
+    parser.addoption("--fuzz-seed", type=int, help="draw those of this seed, which was printed, again")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The seed is the same in all processes."""
+    if config.option.fuzz and config.option.fuzz_seed is None:
+        config.option.fuzz_seed = random.randrange(2**32)
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """The seed, so that it can be given again."""
+    seed = config.option.fuzz_seed
+    return None if seed is None else f"fuzz: --fuzz {config.option.fuzz or 200} --fuzz-seed {seed}"
 
 
 @pytest.fixture(scope="session", params=ALGORITHMS, ids=lambda spec: spec.name)
