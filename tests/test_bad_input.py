@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from environments import BOX, CONTINUOUS, DICT, IMAGE, RandomEnv
 from gymnasium import spaces
-from models import BY_ADAM, ON_POLICY, algorithm_class, rows, small_model, taking
+from models import BY_ADAM, ON_POLICY, ONE_AGENT, algorithm_class, rows, small_model, taking
 from parallel_environments import Meadow
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -432,6 +432,16 @@ def test_what_is_legal_at_load(tmp_path: Any) -> None:
     PPOX.load(tmp_path / "penalised", custom_objects={"clip_range": lambda _: 0.0, "learning_rate": 0.0})
     small_model("reinforce").save(tmp_path / "model")
     assert Reinforce.load(tmp_path / "model", max_rollout_steps=None).predict(BOX.sample())[0].shape == (2,)
+
+
+@rows(tuple(row for row in BY_ADAM if row in ONE_AGENT))
+def test_optimizers_for_cuda_do_not_learn_on_a_cpu(row: str, tmp_path: Any) -> None:
+    model = small_model(row, env=env(), policy_kwargs={"optimizer_kwargs": {"capturable": True}})
+    model.save(tmp_path / "model")
+    loaded = type(model).load(tmp_path / "model", device="cpu")
+    assert loaded.predict(BOX.sample())[0].shape == (2,)
+    with pytest.raises(ValueError, match=r"\['capturable'\] must be False to learn on a CPU, got True"):
+        model.learn(1)
 
 
 def test_arguments_that_cannot_be_printed_are_shown() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import FloatSchedule
@@ -19,7 +20,7 @@ from sb3_ac_ext.base.declarations import CommonArguments
 from sb3_ac_ext.base.schedules import as_schedule
 from sb3_ac_ext.base.signatures import arguments_of, check_arguments, documented
 from sb3_ac_ext.engine import Engine, Network
-from sb3_ac_ext.validation import NonFiniteError, check_keys, check_mapping, check_number
+from sb3_ac_ext.validation import ArgumentError, NonFiniteError, check_keys, check_mapping, check_number
 
 ATTRIBUTES = {"stats_window_size": "_stats_window_size", "policy": "policy_class"}
 """Where SB3 keeps arguments under other names than theirs."""
@@ -134,6 +135,13 @@ class TrainingMixin(BaseAlgorithm):
         self._engine = Engine(self, self._networks, enabled=self.engine, device=self.device)
 
     # Training
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        """See SB3; not where a model is made, as one that was trained on CUDA may act on a CPU."""
+        groups = [group for network in self._networks().values() for group in network.optimizer.param_groups]
+        if self.device.type == "cpu" and any(group.get("capturable") for group in groups):
+            raise ArgumentError("policy_kwargs['optimizer_kwargs']['capturable'] must be False to learn on a CPU, got True")
+        return super()._setup_learn(*args, **kwargs)
 
     @contextmanager
     def _updates(self) -> Iterator[Engine]:
