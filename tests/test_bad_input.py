@@ -435,6 +435,14 @@ def test_what_is_legal_at_load(tmp_path: Any) -> None:
 
 
 @rows(tuple(row for row in BY_ADAM if row in ONE_AGENT))
+@pytest.mark.parametrize(("name", "value"), [("differentiable", True), ("eps", np.array(0.005))], ids=str)
+def test_optimizers_that_cannot_step_are_refused_before_a_step_of_the_environment(row: str, name: str, value: Any) -> None:
+    model = small_model(row, env=env(), policy_kwargs={"optimizer_kwargs": {name: value}})
+    with pytest.raises(ValueError, match=rf"\['optimizer_kwargs'\]\['{name}'\] must be .*, got .*{value}"):
+        model.learn(1)
+
+
+@rows(tuple(row for row in BY_ADAM if row in ONE_AGENT))
 def test_optimizers_for_cuda_do_not_learn_on_a_cpu(row: str, tmp_path: Any) -> None:
     model = small_model(row, env=env(), policy_kwargs={"optimizer_kwargs": {"capturable": True}})
     model.save(tmp_path / "model")

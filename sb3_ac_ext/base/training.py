@@ -20,7 +20,7 @@ from sb3_ac_ext.base.declarations import CommonArguments
 from sb3_ac_ext.base.schedules import as_schedule
 from sb3_ac_ext.base.signatures import arguments_of, check_arguments, documented
 from sb3_ac_ext.engine import Engine, Network
-from sb3_ac_ext.validation import ArgumentError, NonFiniteError, check_keys, check_mapping, check_number
+from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, NonFiniteError, check_keys, check_mapping, check_number
 
 ATTRIBUTES = {"stats_window_size": "_stats_window_size", "policy": "policy_class"}
 """Where SB3 keeps arguments under other names than theirs."""
@@ -138,9 +138,15 @@ class TrainingMixin(BaseAlgorithm):
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         """See SB3; not where a model is made, as one that was trained on CUDA may act on a CPU."""
-        groups = [group for network in self._networks().values() for group in network.optimizer.param_groups]
-        if self.device.type == "cpu" and any(group.get("capturable") for group in groups):
-            raise ArgumentError("policy_kwargs['optimizer_kwargs']['capturable'] must be False to learn on a CPU, got True")
+        options = "policy_kwargs['optimizer_kwargs']"
+        for group in [group for network in self._networks().values() for group in network.optimizer.param_groups]:
+            if group.get("capturable") and self.device.type == "cpu":
+                raise ArgumentError(f"{options}['capturable'] must be False to learn on a CPU, got True")
+            if group.get("differentiable"):
+                raise ArgumentError(f"{options}['differentiable'] must be False, got True")
+            for name, value in group.items():
+                if isinstance(value, np.ndarray):  # which no tensor can be multiplied in place with
+                    raise ArgumentTypeError(f"{options}[{name!r}] must be a number, got {value!r} of type ndarray")
         return super()._setup_learn(*args, **kwargs)
 
     @contextmanager
