@@ -20,7 +20,7 @@ from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, is_typeddict
+from typing import Any, Literal, NotRequired, Required, get_args, get_origin, get_type_hints, is_typeddict
 
 import gymnasium as gym
 import numpy as np
@@ -261,10 +261,10 @@ def _classes(base: type) -> list[Any]:
 
 def _typed_dict(kind: Any, values: Callable[[Any], Values]) -> Values:
     """All that is required, and some of the rest; with `wrong` at least one value is that."""
-    hints = {key: hint for key, hint in _hints(kind).items()}
-    required = {key: hints[key] for key in kind.__required_keys__}
+    hints = _hints(kind)
+    required = {key: hints[key] for key in sorted(kind.__required_keys__)}
     if values is legal:
-        optional = {key: legal(hints[key]) for key in kind.__optional_keys__}
+        optional = {key: legal(hints[key]) for key in sorted(kind.__optional_keys__)}
         return st.fixed_dictionaries({key: legal(hint) for key, hint in required.items()}, optional=optional)
     several = [
         st.fixed_dictionaries({**{key: legal(hint) for key, hint in required.items()}, name: wrong(hints[name])})
@@ -274,8 +274,6 @@ def _typed_dict(kind: Any, values: Callable[[Any], Values]) -> Values:
 
 
 def _hints(kind: Any) -> dict[str, Any]:
-    from typing import NotRequired, Required, get_type_hints
-
     hints = get_type_hints(kind, include_extras=True)
     return {key: get_args(hint)[0] if get_origin(hint) in (Required, NotRequired) else hint for key, hint in hints.items()}
 
