@@ -130,4 +130,4 @@ def clipped_to_norm(gradient: th.Tensor, largest: float) -> th.Tensor:
     :param largest: c, > 0
     :return: ``(B, A)``
     """
-    return gradient / (gradient.norm(dim=1, keepdim=True) / largest).clamp(min=1)
+    return gradient / (th.linalg.vector_norm(gradient, dim=1, keepdim=True) / largest).clamp(min=1)
