@@ -130,4 +130,5 @@ def clipped_to_norm(gradient: th.Tensor, largest: float) -> th.Tensor:
     :param largest: c, > 0
     :return: ``(B, A)``
     """
-    return gradient / (th.linalg.vector_norm(gradient, dim=1, keepdim=True) / largest).clamp(min=1)
+    norm: th.Tensor = th.linalg.vector_norm(gradient, dim=1, keepdim=True)
+    return gradient / (norm / largest).clamp(min=1)
