@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Categorical, Normal, kl_divergence
 
+from sb3_ac_ext.engine.recording import Replay
+from sb3_ac_ext.engine.tape import Tape
 from sb3_ac_ext.functional.categorical import (
     clipped_to_norm,
     cross_entropy,
@@ -204,3 +206,50 @@ def test_clipping_by_hand(gradient: tuple[float, ...], clipped: tuple[float, ...
 def test_each_sample_is_clipped_by_itself() -> None:
     gradients_ = th.tensor([[3.0, 4.0], [0.3, 0.4]])
     th.testing.assert_close(clipped_to_norm(gradients_, 0.5), th.tensor([[0.3, 0.4], [0.3, 0.4]]))
+
+
+# Recorded
+
+
+def test_recordings_give_the_functions_bits() -> None:
+    """Losses, values and gradients as the updates of a critic have them."""
+    atoms = th.linspace(-3, 3, 7)
+    inputs = {"logits": th.zeros(4, 7), "probs": th.zeros(4, 7), "samples": th.zeros(4, 3), "action": th.zeros(4, 2)}
+    columns = {"reward": th.zeros(4, 1), "discount": th.zeros(4, 1)}
+
+    def drawn(seed: int) -> None:
+        generator = th.Generator().manual_seed(seed)
+        for value in [*inputs.values(), *columns.values()]:
+            value.copy_(th.randn(value.shape, generator=generator))
+        inputs["probs"].copy_(inputs["probs"].softmax(dim=1))
+        columns["discount"].abs_().clamp_(max=1)
+
+    def function() -> dict[str, th.Tensor]:
+        logits = inputs["logits"].detach().requires_grad_()
+        with th.no_grad():
+            target = projection(inputs["probs"], atoms, columns["reward"], columns["discount"])
+        loss = cross_entropy(logits, target) - entropy(target)
+        value = expected_value(logits, atoms)
+        means, stds = logits[:, :3], logits[:, 3:6].exp()
+        mixture = mixture_loss(logits[:, 4:], means, stds, inputs["samples"])
+        samples = mixture_samples(logits[:, 4:], means, stds, logits[:, None, :3] * inputs["samples"][:, :, None], means)
+        total = (loss + value + mixture + mixture_mean(logits[:, 4:], means)).mean()
+        return {
+            "target": target,
+            "loss": loss,
+            "mixture": mixture,
+            "samples": samples,
+            "clipped": clipped_to_norm(inputs["action"], 1.0),
+            "gradient": th.autograd.grad(total, logits)[0],
+        }
+
+    drawn(0)
+    tape = Tape([*inputs.values(), *columns.values(), atoms])
+    with tape.recording():
+        outputs = {name: value.detach() for name, value in function().items()}
+    replay = Replay(tape, outputs, False)
+    for seed in range(3):
+        drawn(seed)
+        replay()
+        for name, expected in function().items():
+            assert th.equal(outputs[name], expected.detach()), (name, seed)
