@@ -6,7 +6,7 @@ How many updates prioritised replay saves where one transition in thousands has 
 
 In each of n states one of two actions leads on and the other one ends the episode; whoever comes through all of them gets 1.
 The buffer holds what all 2^n sequences of actions lead to, in random order. Q-learning with a table, step size 1/4 and
-discount 1 - 1/n, one drawn transition an update, until no value is wrong by more than 0.01.
+discount 1 - 1/n, each drawn transition an update, until no value is wrong by more than 0.01.
 
 Writes ``benchmarks/results/cliffwalk.json``: the updates it took by seed, and by how much priorities lower their median.
 """
@@ -106,28 +106,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=12, help="states")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--batch-size", type=int, default=1, help="transitions drawn at once")
-    parser.add_argument("--name", default="cliffwalk", help="of the file in benchmarks/results")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="transitions drawn at once")
     args = parser.parse_args()
     th.set_num_threads(1)
     start = time.perf_counter()
     walks = [Cliffwalk(args.n, seed) for seed in args.seeds]
-    runs: dict[str, list[int]] = {}
-    for name, kwargs in {"uniform": UNIFORM, **PRIORITISED}.items():
-        runs[name] = [updates_until_learned(walk, batch_size=args.batch_size, **kwargs) for walk in walks]
-        print(f"{name:45s} {median(runs['uniform']) / median(runs[name]):6.1f} times fewer updates: {runs[name]}", flush=True)
+    runs: list[dict[str, Any]] = []
+    for batch_size in args.batch_sizes:
+        for name, kwargs in {"uniform": UNIFORM, **PRIORITISED}.items():
+            updates = [updates_until_learned(walk, batch_size=batch_size, **kwargs) for walk in walks]
+            if name == "uniform":
+                uniform = median(updates)
+            times = round(uniform / median(updates), 1)
+            print(f"batch {batch_size:2d}, {name:45s} {times:5.1f} times fewer updates: {updates}", flush=True)
+            runs.append({"replay": name, "batch_size": batch_size, "updates": updates, "times_fewer": times})
     result = {
         "n": args.n,
         "transitions": len(walks[0].transitions),
-        "batch_size": args.batch_size,
         "seeds": args.seeds,
-        "updates": runs,
-        "times_fewer": {name: round(median(runs["uniform"]) / median(values), 2) for name, values in runs.items()},
+        "runs": runs,
         "seconds": round(time.perf_counter() - start),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "versions": {name: version(name) for name in PACKAGES},
     }
-    (RESULTS / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "cliffwalk.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

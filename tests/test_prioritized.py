@@ -38,11 +38,11 @@ def add(buffer: Any, step: int, ends: str | list[str] = "", rewards: Any = None)
     """
     Transition ``step`` of every environment: from observation 100 env + step to that + 0.5, reward step + 1.
 
-    ``ends`` has a letter for each environment: "t"erminated, "l" for a time limit, or "-".
+    ``ends`` has a letter for each environment: "t"erminated, "l" for a time limit, "i" for one in the info alone, or "-".
     """
     start = np.array([[100.0 * env + step] for env in range(buffer.n_envs)], np.float32)
     letters = ends or "-" * buffer.n_envs
-    infos = [{"TimeLimit.truncated": letter == "l"} for letter in letters]
+    infos = [{"TimeLimit.truncated": letter in "li"} for letter in letters]
     done = np.array([letter in "tl" for letter in letters])
     if isinstance(buffer.observation_space, spaces.Dict):
         pair = ({"vector": start, "other": -start}, {"vector": start + 0.5, "other": -start})
@@ -167,7 +167,7 @@ def walk(seed: int, buffers: list[Any], steps: int) -> None:
     """The same random episodes into all buffers."""
     random = np.random.default_rng(seed)
     for step in range(steps):
-        ends = random.choice(list("---tl"), size=buffers[0].n_envs)
+        ends = random.choice(list("---tli"), size=buffers[0].n_envs)
         for buffer in buffers:
             add(buffer, step, ends.tolist())
 
@@ -378,10 +378,12 @@ def test_histories_against_lists(data: st.DataObject, rows: int, n_envs: int, n_
 
 def test_with_little_memory_the_place_between_old_and_new_is_not_drawn() -> None:
     """Its observation is the newest transition's next one."""
-    buffer = made(5, 2, optimize_memory_usage=True, handle_timeout_termination=False)
+    buffer = made(5, 2, optimize_memory_usage=True, handle_timeout_termination=False, weight_norm="buffer")
     for step in range(13):
         add(buffer, step)
-        indices = buffer.sample(40).indices
+        sample = buffer.sample(40)
+        indices = sample.indices
+        assert th.equal(sample.weights, th.ones(40, 1))
         assert set(indices // 2) == set(range(min(step + 1, 5))) - ({buffer.pos} if step >= 4 else set())
     sample = buffer.sample(80)
     assert set((sample.next_observations - sample.observations).flatten().tolist()) == {0.5, 1.0}
