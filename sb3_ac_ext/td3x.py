@@ -142,7 +142,9 @@ class TD3X(OffPolicyMixin, TD3):
         with self._updates() as engine:
             for _ in range(gradient_steps):
                 self._n_updates += 1
-                engine.run(self._update, self._sample(batch_size), bool(self._n_updates % self.policy_delay == 0))
+                batch = self._sample(batch_size)
+                outputs = engine.run(self._update, batch, bool(self._n_updates % self.policy_delay == 0))
+                self._update_priorities(batch, outputs)
 
     def _update(self, batch: Transitions, delayed: bool) -> dict[str, th.Tensor]:
         target = self._target(batch)  # (B, 1)

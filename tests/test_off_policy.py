@@ -156,7 +156,7 @@ def test_stored_transitions(row: str, truncates: bool, done: float) -> None:
     The environment shows the step and what was done; actions in the buffer are scaled to [-1, 1].
     """
     env = ScriptedEnv(length=3, truncates=truncates, low=0.0, high=2.0)
-    buffer = small_model(row, env=env, learning_starts=4).learn(6).replay_buffer
+    buffer = small_model(row, env=env, learning_starts=4, n_steps=1).learn(6).replay_buffer
     stored = buffer._get_samples(np.arange(6))
     assert stored.observations[:, 0].tolist() == [0, 1, 2, 0, 1, 2]
     assert stored.next_observations[:, 0].tolist() == [1, 2, 3, 1, 2, 3]

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.policies import BasePolicy
 
 from sb3_ac_ext.base.signatures import arguments_of, takes_anything
+from sb3_ac_ext.buffers.prioritized import PrioritizedReplayBuffer
 from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, UnsupportedError, check, check_keys, shown
 
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
@@ -152,13 +154,9 @@ def check_episodes_of_one(model: Any) -> None:
 def check_buffer(model: Any) -> None:
     """
     :param model: an off-policy algorithm
-    :raises ArgumentError: if its replay buffer cannot tell truncation from termination
-    :raises UnsupportedError: if it sums rewards that its replay buffer has not got
+    :raises ArgumentError: if its replay buffer cannot tell truncation from termination, or is too small
+    :raises UnsupportedError: if it sums rewards that its replay buffer has not got, or the buffer is not for its observations
     """
-    if model.n_steps > 1 and isinstance(model.observation_space, spaces.Dict):
-        raise UnsupportedError(
-            f"n_steps must be 1 for Dict observations (SB3 has no n-step buffer for them), got {model.n_steps}"
-        )
     if model.n_steps > 1 and model.optimize_memory_usage:
         raise UnsupportedError(f"n_steps must be 1 with optimize_memory_usage=True, got {model.n_steps}")
     if model.optimize_memory_usage and (model.replay_buffer_kwargs or {}).get("handle_timeout_termination", True):
@@ -166,3 +164,25 @@ def check_buffer(model: Any) -> None:
             "optimize_memory_usage=True cannot tell truncation from termination: add "
             f"replay_buffer_kwargs={{'handle_timeout_termination': False}}, got {model.replay_buffer_kwargs!r}"
         )
+    if model.buffer_size < model.n_steps * model.n_envs:
+        raise ArgumentError(
+            f"buffer_size must be at least n_steps * n_envs = {model.n_steps * model.n_envs}, got {model.buffer_size}"
+        )
+    kind = model.replay_buffer_class or model._automatic_buffer()
+    of_dicts = isinstance(model.observation_space, spaces.Dict)
+    if issubclass(kind, DictReplayBuffer) and not of_dicts:
+        raise UnsupportedError(f"replay_buffer_class={kind.__name__} is for Dict observations, got {model.observation_space}")
+    if kind in (ReplayBuffer, NStepReplayBuffer, PrioritizedReplayBuffer) and of_dicts:
+        raise UnsupportedError(
+            f"replay_buffer_class={kind.__name__} is not for Dict observations, got {model.observation_space}: take "
+            f"{kind.__name__.replace('NStep', '').replace('Replay', 'DictReplay')}"
+        )
+    steps = arguments_of(kind).get("n_steps")
+    if steps is None and model.n_steps > 1 and kind is DictReplayBuffer:
+        raise UnsupportedError(
+            f"n_steps must be 1 for Dict observations (SB3 has no n-step buffer for them), got {model.n_steps}"
+        )
+    if steps is None and model.n_steps > 1:
+        raise UnsupportedError(f"replay_buffer_class={kind.__name__} sums no rewards: n_steps must be 1, got {model.n_steps}")
+    if steps is not None and steps.default != 1 and model.n_steps == 1:
+        raise ArgumentError(f"replay_buffer_class={kind.__name__} sums rewards: n_steps says of how many, got n_steps=1")

@@ -4,9 +4,9 @@ import copy
 import io
 import pathlib
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch as th
@@ -31,15 +31,16 @@ from sb3_ac_ext.base.arguments import (
 from sb3_ac_ext.base.checkpoint import CheckpointMixin, atomic_file, changed_by_load
 from sb3_ac_ext.base.declarations import OffPolicyArguments
 from sb3_ac_ext.base.noise import ExplorationNoise, NoiseSchedule, ScaledNoise, check_action_noise
-from sb3_ac_ext.base.signatures import check_given
+from sb3_ac_ext.base.signatures import arguments_of, check_given
 from sb3_ac_ext.base.training import TrainingMixin
 from sb3_ac_ext.buffers import replay
+from sb3_ac_ext.buffers.prioritized import PrioritizedReplayBuffer
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.engine import Engine
 from sb3_ac_ext.validation import ArgumentError, translated_assertions
 
-AUTOMATIC_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
-"""What SB3 chooses when no class is given, and stores in its zips as if it had been."""
+SHARED_WITH_BUFFERS = frozenset({"n_steps", "gamma"})
+"""Arguments of a model that a replay buffer may take too."""
 
 MADE_ON_DEMAND: Any = object()
 """Stands for the buffer while SB3 sets a model up, which allocates one where it finds none."""
@@ -69,6 +70,10 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
     """
 
     declarations = OffPolicyArguments
+    automatic_buffers: ClassVar[tuple[type[ReplayBuffer], ...]] = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
+    """What may be chosen where no class is given; zips, SB3's too, have it as if it had been."""
+    choosing_buffers: ClassVar[frozenset[str]] = frozenset({"n_steps"})
+    """The arguments that this depends on."""
 
     def __init__(
         self,
@@ -96,16 +101,21 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_policy_class()
-        self._check_arguments()
+        self._take_up_buffer_arguments()
         if self._buffer_is_automatic():
             self.replay_buffer_class = None
+        self._check_arguments()
+        self.replay_buffer_class = self.replay_buffer_class or self._automatic_buffer()
         # a zip saved with include=["replay_buffer"] puts the buffer beside the property
         buffer = self.__dict__.pop("replay_buffer", self._replay_buffer)
         self._replay_buffer = MADE_ON_DEMAND
-        with translated_assertions(self), made_with("the policy", policy_kwargs=self.policy_kwargs):
-            super()._setup_model()
+        n_steps, self.n_steps = self.n_steps, 1  # which SB3 would ignore with a warning where a class is given
+        try:
+            with translated_assertions(self), made_with("the policy", policy_kwargs=self.policy_kwargs):
+                super()._setup_model()
+        finally:
+            self.n_steps = n_steps
         self._replay_buffer = buffer
-        assert self.replay_buffer_class is not None
         check_kwargs("replay_buffer_kwargs", self.replay_buffer_kwargs, self.replay_buffer_class, BUFFER_GETS)
         self._follow_exploration_noise()
         self._setup_engine()
@@ -152,18 +162,48 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
     def replay_buffer(self) -> None:
         self._replay_buffer = None
 
-    def _buffer_is_automatic(self) -> bool:
-        """Whether the class of the buffer is what SB3 chooses when none is given, and stores as if it had been."""
+    def _take_up_buffer_arguments(self) -> None:
+        """
+        Arguments of the model that the buffer takes too are the model's: the buffer is handed them, and follows them.
+
+        :raises ArgumentError: if ``replay_buffer_kwargs`` says otherwise
+        """
         changed = changed_by_load.get()
-        if "n_steps" in changed and "replay_buffer_class" not in changed:
-            return self.replay_buffer_class in AUTOMATIC_BUFFERS  # chosen for the number of steps in the file
+        taken = SHARED_WITH_BUFFERS if self.replay_buffer_class is None else self._shared_with(self.replay_buffer_class)
+        self.replay_buffer_kwargs = dict(self.replay_buffer_kwargs or {})
+        for name in taken & self.replay_buffer_kwargs.keys():
+            value, own = self.replay_buffer_kwargs.pop(name), getattr(self, name)
+            if name in changed and "replay_buffer_kwargs" not in changed:
+                continue  # what the file has is out of date
+            if name == "n_steps" and own == arguments_of(type(self))[name].default:
+                self.n_steps = value
+            elif value != own:
+                raise ArgumentError(
+                    f"replay_buffer_kwargs[{name!r}] must be {name}, which the replay buffer is handed: got {value!r} and "
+                    f"{name}={own!r}"
+                )
+
+    @staticmethod
+    def _shared_with(buffer_class: type[ReplayBuffer]) -> frozenset[str]:
+        """The arguments that a buffer has in common with the model."""
+        return SHARED_WITH_BUFFERS & arguments_of(buffer_class).keys()
+
+    def _automatic_buffer(self) -> type[ReplayBuffer]:
+        """The class of the buffer where none is given."""
         several = NStepReplayBuffer if self.n_steps > 1 else ReplayBuffer
-        chosen = DictReplayBuffer if isinstance(self.observation_space, spaces.Dict) else several
-        return self.replay_buffer_class is chosen
+        return DictReplayBuffer if isinstance(self.observation_space, spaces.Dict) else several
+
+    def _buffer_is_automatic(self) -> bool:
+        """Whether the class of the buffer is what is chosen where none is given, and stored as if it had been."""
+        changed = changed_by_load.get()
+        if not changed.isdisjoint(self.choosing_buffers) and "replay_buffer_class" not in changed:
+            return self.replay_buffer_class in self.automatic_buffers  # chosen for what is in the file
+        return self.replay_buffer_class is self._automatic_buffer()
 
     def _make_replay_buffer(self) -> ReplayBuffer:
         assert self.replay_buffer_class is not None
-        kwargs = dict(self.replay_buffer_kwargs)
+        shared = self._shared_with(self.replay_buffer_class)
+        kwargs = {**self.replay_buffer_kwargs, **{name: getattr(self, name) for name in shared}}
         if issubclass(self.replay_buffer_class, HerReplayBuffer):
             if self.env is None:
                 raise ArgumentError(
@@ -194,9 +234,36 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
             if self._sampler is None or self._sampler[0] != batch_size:
                 self._sampler = batch_size, replay.Sampler(buffer, batch_size)
             return self._sampler[1](buffer, discounts)
-        batch = buffer.sample(batch_size, env=self._vec_normalize_env)
+        batch = self._prepared(buffer).sample(batch_size, env=self._vec_normalize_env)
         discounts = discounts if batch.discounts is None else batch.discounts
-        return Transitions(batch.observations, batch.actions, batch.next_observations, batch.dones, batch.rewards, discounts)
+        return Transitions(
+            *(batch.observations, batch.actions, batch.next_observations, batch.dones, batch.rewards, discounts),
+            **{name: getattr(batch, name) for name in ("weights", "indices", "versions") if hasattr(batch, name)},
+        )
+
+    def _prepared(self, buffer: ReplayBuffer) -> ReplayBuffer:
+        """The buffer, with what it shares with the model as it is now."""
+        if "gamma" in self._shared_with(type(buffer)):
+            buffer.gamma = self.gamma  # type: ignore[attr-defined]  # it takes one
+        if isinstance(buffer, PrioritizedReplayBuffer):
+            buffer.progress_remaining = self._current_progress_remaining
+        return buffer
+
+    def _update_priorities(self, batch: Any, outputs: Mapping[str, th.Tensor]) -> None:
+        """
+        Give a prioritised buffer the errors of what it has sampled.
+
+        :param batch: from `_sample`
+        :param outputs: of the update, with ``(B, 1)`` absolute ``td_errors`` if the batch has weights
+        """
+        buffer = self._replay_buffer
+        if not isinstance(buffer, PrioritizedReplayBuffer) or batch.indices is None:
+            return
+        errors = outputs["td_errors"]
+        if errors.isfinite().all():  # if not, the search for NaN says more
+            buffer.update_priorities(batch.indices, errors, batch.versions)
+        self.logger.record("train/importance_beta", buffer.beta)
+        self.logger.record_mean("train/importance_weight", float(batch.weights.mean()))
 
     @staticmethod
     def _means_of(values: Sequence[th.Tensor]) -> dict[str, th.Tensor]:
@@ -237,6 +304,8 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
             raise ValueError(
                 f"the replay buffer holds n_envs={buffer.n_envs} environments, the model has n_envs={self.n_envs}"
             )
+        for name in frozenset() if buffer is None else self._shared_with(type(buffer)):
+            setattr(buffer, name, getattr(self, name))
 
     def engine_report(self) -> dict[str, str]:
         """See `TrainingMixin.engine_report`."""

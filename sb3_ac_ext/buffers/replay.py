@@ -24,7 +24,11 @@ class Transitions(NamedTuple):
     discounts: th.Tensor
     """``()`` gamma, or ``(B, 1)`` gamma to the number of summed rewards."""
     weights: th.Tensor | None = None
-    """``(B, 1)`` of the squared errors, if a prioritised buffer gives some."""
+    """``(B, 1)`` of the critic's errors, if a prioritised buffer gives some."""
+    indices: np.ndarray | None = None
+    """``(B,)`` where the transitions are in that buffer."""
+    versions: np.ndarray | None = None
+    """``(B,)`` how often these places had been written to."""
 
 
 def obstacle(buffer: ReplayBuffer | type[ReplayBuffer] | None, normalizer: Any) -> str | None:

@@ -171,7 +171,8 @@ class DDPGX(OffPolicyMixin, DDPG):
         with self._updates() as engine:
             for _ in range(gradient_steps):
                 self._n_updates += 1
-                engine.run(self._update, self._sample(batch_size))
+                batch = self._sample(batch_size)
+                self._update_priorities(batch, engine.run(self._update, batch))
 
     def _update(self, batch: Transitions) -> dict[str, th.Tensor]:
         target = self._target(batch)  # (B, 1)

@@ -7,6 +7,7 @@ import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_ac_ext.buffers.prioritized import PrioritizedReplayBuffer
 from sb3_ac_ext.envs.joint_spaces import JointBox
 
 REWARDS, TERMINATED, ACTIVE = "agent_rewards", "agent_terminated", "agent_active"
@@ -32,6 +33,10 @@ class JointTransitions(NamedTuple):
     """``()`` gamma, which the algorithm adds to what the buffer samples."""
     weights: th.Tensor | None = None
     """``(B, 1)`` of the squared errors, if a prioritised buffer gives some."""
+    indices: np.ndarray | None = None
+    """``(B,)`` where the transitions are in that buffer."""
+    versions: np.ndarray | None = None
+    """``(B,)`` how often these places had been written to."""
 
 
 class JointReplayBuffer(ReplayBuffer):
@@ -81,9 +86,17 @@ class JointReplayBuffer(ReplayBuffer):
             self.agent_active[row] = 1
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> JointTransitions:  # type: ignore[override]
-        places = batch_inds, np.random.randint(0, high=self.n_envs, size=(len(batch_inds),))  # noqa: NPY002 (SB3's stream)
+        envs = np.random.randint(0, high=self.n_envs, size=(len(batch_inds),))  # noqa: NPY002 (SB3's stream)
+        return self._joint_samples((batch_inds, envs), env)
+
+    def _joint_samples(self, places: tuple[np.ndarray, np.ndarray], env: VecNormalize | None) -> JointTransitions:
+        """
+        :param places: ``(B,)`` rows and ``(B,)`` environments
+        :param env: normalises observations and rewards
+        :return: the transitions that are there
+        """
         if self.optimize_memory_usage:
-            next_observations = self.observations[(batch_inds + 1) % self.buffer_size, places[1]]
+            next_observations = self.observations[(places[0] + 1) % self.buffer_size, places[1]]
         else:
             next_observations = self.next_observations[places]
         rewards = self.agent_rewards[places]
@@ -95,4 +108,13 @@ class JointReplayBuffer(ReplayBuffer):
             rewards if self.joint else self._normalize_reward(rewards, env),
             self.agent_active[places],
         )
-        return JointTransitions(*map(self.to_torch, data))
+        return JointTransitions(*map(self.to_torch, data))  # type: ignore[arg-type]  # the first ones
+
+
+class PrioritizedJointReplayBuffer(PrioritizedReplayBuffer, JointReplayBuffer):  # type: ignore[misc]  # what is sampled
+    """`JointReplayBuffer` with priorities, which all agents share: the mean of their errors; for ``n_steps=1``."""
+
+    def _samples(self, indices: np.ndarray, env: VecNormalize | None) -> JointTransitions:  # type: ignore[override]
+        weights, indices, versions = self._origin(indices)
+        batch = self._joint_samples(np.divmod(indices, self.n_envs), env)
+        return batch._replace(weights=weights, indices=indices, versions=versions)

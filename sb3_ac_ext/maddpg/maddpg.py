@@ -65,7 +65,6 @@ class JointActorCritic(OffPolicyAlgorithm):
         super().__init__(*args, **kwargs)
 
     def _setup_model(self) -> None:
-        self.replay_buffer_class = self.replay_buffer_class or JointReplayBuffer
         super()._setup_model()
         for name in NETWORKS:
             setattr(self, name, getattr(self.policy, name))
@@ -191,6 +190,9 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
             self.policy_kwargs = {**self.policy_kwargs, "centralised": False}  # not in the caller's dict
         super()._setup_model()
 
+    def _automatic_buffer(self) -> type[ReplayBuffer]:
+        return JointReplayBuffer
+
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """See SB3's ``BaseAlgorithm.set_env``."""
         env = self._wrap_env(env, self.verbose)
@@ -229,7 +231,7 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
     def _sample(self, batch_size: int) -> JointTransitions:  # type: ignore[override]
         buffer = self.replay_buffer
         assert isinstance(buffer, JointReplayBuffer)
-        batch: Any = buffer.sample(batch_size, env=self._vec_normalize_env)
+        batch: Any = self._prepared(buffer).sample(batch_size, env=self._vec_normalize_env)
         return batch._replace(discounts=th.as_tensor(float(self.gamma), dtype=th.float64, device=self.device))  # type: ignore[no-any-return]
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
@@ -243,7 +245,9 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         with self._updates() as engine:
             for _ in range(gradient_steps):
                 self._n_updates += 1
-                engine.run(self._update, self._sample(batch_size), bool(self._n_updates % self.policy_delay == 0))
+                batch = self._sample(batch_size)
+                outputs = engine.run(self._update, batch, bool(self._n_updates % self.policy_delay == 0))
+                self._update_priorities(batch, outputs)
 
     def _update(self, batch: JointTransitions, delayed: bool) -> dict[str, th.Tensor]:
         target = self._target(batch)  # (B, N)

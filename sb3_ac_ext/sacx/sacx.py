@@ -236,7 +236,8 @@ class SACX(OffPolicyMixin, SAC):
         with self._updates() as engine:
             for step in range(gradient_steps):
                 self._n_updates += 1
-                engine.run(self._update, self._sample(batch_size), self._targets_are_due(step))
+                batch = self._sample(batch_size)
+                self._update_priorities(batch, engine.run(self._update, batch, self._targets_are_due(step)))
 
     def _update(self, batch: Transitions, targets_too: bool) -> dict[str, th.Tensor]:
         if self.use_sde:
