@@ -2,6 +2,7 @@
 
 from sb3_ac_ext.ac import AC
 from sb3_ac_ext.acktr import ACKTR
+from sb3_ac_ext.d4pg import D4PG
 from sb3_ac_ext.ddpgx import DDPGX
 from sb3_ac_ext.maddpg import MADDPG
 from sb3_ac_ext.moved import install as _install_old_names
@@ -12,7 +13,7 @@ from sb3_ac_ext.td3x import TD3X
 from sb3_ac_ext.trpox import TRPOX
 
 __version__ = "0.1.0"
-__all__ = ["AC", "ACKTR", "DDPGX", "MADDPG", "PPOX", "SACX", "TD3X", "TRPOX", "Reinforce"]
+__all__ = ["AC", "ACKTR", "D4PG", "DDPGX", "MADDPG", "PPOX", "SACX", "TD3X", "TRPOX", "Reinforce"]
 
 _install_old_names()
 

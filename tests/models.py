@@ -19,8 +19,9 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from sb3_ac_ext import ACKTR, MADDPG
+from sb3_ac_ext import ACKTR, D4PG, MADDPG
 from sb3_ac_ext.base.signatures import arguments_of
+from sb3_ac_ext.buffers.prioritized import PrioritizedDictReplayBuffer, PrioritizedReplayBuffer
 from sb3_ac_ext.networks.actor_critic import SeparateCnnPolicy
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
@@ -44,7 +45,7 @@ ONE_AGENT = where(lambda cls: not issubclass(cls, MADDPG))
 APART = where(lambda cls: cls.policy_aliases.get("CnnPolicy") is SeparateCnnPolicy)
 """Rows whose policy and value may have no layers in common."""
 SHARING = tuple(row for row in ONE_AGENT if row not in APART)
-CRITICS = where(lambda cls: issubclass(cls, (TD3, SAC)))
+CRITICS = where(lambda cls: issubclass(cls, (TD3, SAC)) and not issubclass(cls, D4PG))
 """Rows with any number of critics of one agent."""
 SB3: dict[str, type[BaseAlgorithm]] = {
     spec.name: spec.cls.sb3_class
@@ -149,11 +150,26 @@ VARIANTS: dict[str, Variant] = {
     "counts": Variant(policy_kwargs=features(Fading)),
     "critic layer norm": Variant(policy_kwargs={"critic_layer_norm": True}, rows=("td3x", "sacx"), sb3=False),
     "one critic": Variant(policy_kwargs={"n_critics": 1}, rows=CRITICS),
-    "two critics": Variant(policy_kwargs={"n_critics": 2}, rows=OFF_POLICY),
+    "two critics": Variant(policy_kwargs={"n_critics": 2}, rows=(*CRITICS, "maddpg")),
     "three critics": Variant(policy_kwargs={"n_critics": 3}, rows=CRITICS),
     "gsde": Variant(changes={"use_sde": True}, rows=tuple(row for row in taking("use_sde") if row in BY_ADAM)),
     "fixed alpha": Variant(changes={"ent_coef": 0.2}, rows=WITH_ALPHA),
     "value network": Variant(changes={"value_network": True}, rows=taking("value_network"), sb3=False),
+    "priorities": Variant(changes={"replay_buffer_class": PrioritizedReplayBuffer, "n_steps": 2}, rows=CRITICS, sb3=False),
+    "priorities of dicts": Variant(
+        *("MultiInputPolicy", spaces.Dict({"vector": BOX, "choice": spaces.Discrete(3)})),
+        changes={"replay_buffer_class": PrioritizedDictReplayBuffer, "n_steps": 2},
+        rows=("td3x",),
+        sb3=False,
+    ),
+    "no priorities": Variant(changes={"prioritized": False}, rows=taking("prioritized"), sb3=False),
+    "mixture": Variant(changes={"distribution": "mixture"}, rows=taking("distribution"), sb3=False),
+    "bounded slopes": Variant(
+        policy_kwargs={"n_atoms": 11},
+        changes={"dqda_clipping": 0.1, "tau": 0.3, "priority": "kl", "v_min": -9, "v_max": 9},
+        rows=taking("dqda_clipping"),
+        sb3=False,
+    ),
     "discrete": Variant(actions=spaces.Discrete(3), rows=ON_POLICY),
     "several choices": Variant(actions=spaces.MultiDiscrete([3, 2]), rows=ON_POLICY),
     "coins": Variant(actions=spaces.MultiBinary(3), rows=ON_POLICY),
@@ -221,6 +237,7 @@ def small_model(row: Row, variant: str = "mlp", *, env: Any = None, **changes: A
     off_policy = issubclass(cls, OffPolicyAlgorithm)
     sizes = OFF_POLICY_SIZES if off_policy else ON_POLICY_SIZES
     sizes = {name: value for name, value in sizes.items() if name in arguments_of(cls)}
+    sizes |= {"target_update_interval": 2} if issubclass(cls, D4PG) else {}
     own: dict[str, Any] = {"net_arch": [8], "optimizer_kwargs": {"eps": EPS}}
     if issubclass(cls, ACKTR):  # whose rate is the largest step of an optimizer of its own
         del sizes["learning_rate"], own["optimizer_kwargs"]

@@ -181,7 +181,7 @@ def test_set_env(row: str) -> None:
         model.set_env(ScriptedEnv())
 
 
-@rows(CRITICS)
+@rows((*CRITICS, "d4pg"))
 def test_her(row: str) -> None:
     env = BitFlippingEnv(n_bits=3, continuous=True)
     her = {"replay_buffer_class": HerReplayBuffer, "replay_buffer_kwargs": {"n_sampled_goal": 2}}

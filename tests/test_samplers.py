@@ -303,6 +303,14 @@ REACHED: dict[str, dict[str, set[Any]]] = {
         "parameter_noise": {None},  # beside the sampled noise it would be a second one
         "n_steps": {1, 3, 5},
     },
+    "d4pg": {
+        "n_steps": {1, 3, 5},
+        "prioritized": SWITCH,
+        "n_atoms": {21, 51, 101},
+        "target_update_interval": {1, 100},
+        "dqda_clipping": {None, 1.0},
+        "distribution": {"categorical"},
+    },
     "maddpg": {
         "policy_delay": {1, 2, 3, 4},
         "target_policy_noise": {0.0, 0.1, 0.2},
@@ -331,7 +339,7 @@ REACHED: dict[str, dict[str, set[Any]]] = {
     },
     "ac": {"gamma_t_weight": SWITCH},
 }
-for with_bounds in ("td3x", "sacx", "ddpgx", "maddpg", "reinforce", "ac"):
+for with_bounds in ("td3x", "sacx", "ddpgx", "d4pg", "maddpg", "reinforce", "ac"):
     REACHED[with_bounds]["max_grad_norm"] = {None, 0.5, 1.0, 10.0}
 
 

@@ -19,10 +19,22 @@ from typing import Any
 
 import optuna
 
+from sb3_ac_ext.buffers.prioritized import (
+    PrioritizedDictReplayBuffer,
+    PrioritizedHerReplayBuffer,
+    PrioritizedReplayBuffer,
+)
+from sb3_ac_ext.maddpg.buffer import PrioritizedJointReplayBuffer
 from sb3_ac_ext.zoo.precedence import drop_contradicted
 from sb3_ac_ext.zoo.registry import ALGORITHMS
 from sb3_ac_ext.zoo.samplers.searched import Searched, searched
 
+REPLAY_BUFFERS = (
+    PrioritizedReplayBuffer,
+    PrioritizedDictReplayBuffer,
+    PrioritizedHerReplayBuffer,
+    PrioritizedJointReplayBuffer,
+)
 CLASSES = {spec.name: spec.cls for spec in ALGORITHMS}
 
 
@@ -38,7 +50,12 @@ def _add_search_spaces(hyperparams_opt: ModuleType) -> None:
 
 
 def _patch_manager(exp_manager: ModuleType) -> None:
-    """Replace three methods of the manager, which do for other algorithms what they did."""
+    """
+    Replace three methods of the manager, which do for other algorithms what they did, and name our replay buffers where it
+    evaluates ``replay_buffer_class``.
+    """
+    for buffer in REPLAY_BUFFERS:
+        vars(exp_manager).setdefault(buffer.__name__, buffer)
     for name, around in (
         ("__init__", _find_default_config),
         ("read_hyperparameters", _drop_what_is_contradicted),

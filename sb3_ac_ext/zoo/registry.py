@@ -10,6 +10,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 import sb3_ac_ext
 from sb3_ac_ext.ac import AC
 from sb3_ac_ext.acktr import ACKTR
+from sb3_ac_ext.d4pg import D4PG
 from sb3_ac_ext.ddpgx import DDPGX
 from sb3_ac_ext.maddpg import MADDPG
 from sb3_ac_ext.ppox import PPOX
@@ -68,5 +69,6 @@ ALGORITHMS: tuple[AlgoSpec, ...] = (
     AlgoSpec(ACKTR, on_policy.sample_acktr, on_policy.convert_acktr),
     AlgoSpec(Reinforce, on_policy.sample_reinforce, on_policy.convert_reinforce),
     AlgoSpec(AC, on_policy.sample_ac, on_policy.convert_ac),
+    AlgoSpec(D4PG, off_policy.sample_d4pg, off_policy.convert_d4pg),
     AlgoSpec(MADDPG, off_policy.sample_maddpg, off_policy.convert_maddpg),
 )

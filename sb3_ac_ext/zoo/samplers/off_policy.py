@@ -109,6 +109,37 @@ def convert_sacx(params: dict[str, Any]) -> dict[str, Any]:
     return hyperparams
 
 
+def sample_d4pg(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    The Zoo's space for DDPG, which is that of TD3, and D4PG's own options. The range of values is the file's or automatic.
+
+    :param trial: the trial that chooses
+    :param n_actions: size of an action
+    :param n_envs: number of environments
+    :param additional_args: ``using_her_replay_buffer`` and ``her_kwargs``, the file's arguments of that buffer
+    :return: constructor arguments
+    """
+    action_noise = suggest_zoo_td3(trial, n_actions, n_envs, additional_args)
+    suggest_updates(trial, additional_args)
+    suggest_critic_rate(trial)
+    suggest_distributional(trial)
+    if additional_args["using_her_replay_buffer"]:
+        keep_her_kwargs(trial, additional_args["her_kwargs"])
+    return with_noise(convert_d4pg(trial.params), action_noise)
+
+
+def convert_d4pg(params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param params: what `sample_d4pg` suggested, as a study stores it
+    :return: the same as a hyperparameter file's values
+    """
+    hyperparams = convert_off_policy(params)
+    hyperparams["policy_kwargs"]["n_atoms"] = hyperparams.pop("n_atoms")
+    if hyperparams["target_update_interval"] > 1:  # then targets are copies
+        hyperparams["tau"] = 1.0
+    return {**hyperparams, "distribution": "categorical"}
+
+
 def sample_maddpg(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
     The Zoo's space for TD3 and MADDPG's own options, for discrete and continuous actions alike. What depends on who the agents
@@ -203,6 +234,14 @@ def suggest_soft_policy(trial: optuna.Trial) -> None:
         trial.suggest_float("ent_coef_rate_ratio", 0.1, 10.0, log=True)
     trial.suggest_categorical("value_network", [False, True])
     trial.suggest_categorical("exact_log_prob", [False, True])
+
+
+def suggest_distributional(trial: optuna.Trial) -> None:
+    """What D4PG adds to DDPG; priorities act where the file names no replay buffer."""
+    trial.suggest_categorical("prioritized", [False, True])
+    trial.suggest_categorical("n_atoms", [21, 51, 101])
+    trial.suggest_categorical("target_update_interval", [1, 100])
+    trial.suggest_categorical("dqda_clipping", [None, 1.0])
 
 
 def suggest_several_agents(trial: optuna.Trial) -> None:
