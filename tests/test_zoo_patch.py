@@ -64,6 +64,29 @@ def test_default_config_is_ours_where_the_zoo_has_none(spec: AlgoSpec) -> None:
     assert spec.config.is_file()
 
 
+@pytest.mark.parametrize("algo", ["td3x", "maddpg", "sac"])
+def test_hyperparameter_files_name_our_replay_buffers(algo: str, tmp_path: Path) -> None:
+    """For the Zoo's algorithms too, which replay uniformly by them."""
+    patch.register()
+    name = "PrioritizedJointReplayBuffer" if algo == "maddpg" else "PrioritizedReplayBuffer"
+    config = tmp_path / "config.yml"
+    values = {"policy": "MlpPolicy", "n_timesteps": 10, "replay_buffer_class": name, "replay_buffer_kwargs": "dict(alpha=0.5)"}
+    config.write_text(yaml.dump({"Pendulum-v1": values}))
+    made = ExperimentManager(
+        argparse.Namespace(), algo, "Pendulum-v1", str(tmp_path), config=str(config), eval_freq=-1, device="cpu", verbose=0
+    )
+    model, _ = made.setup_experiment()
+    model.env.close()
+    assert type(model.replay_buffer).__name__ == name
+    assert model.replay_buffer.alpha == 0.5
+
+
+def test_names_that_the_zoo_has_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rl_zoo3.exp_manager, "PrioritizedReplayBuffer", "the Zoo's own", raising=False)
+    patch.register()
+    assert vars(rl_zoo3.exp_manager)["PrioritizedReplayBuffer"] == "the Zoo's own"
+
+
 @pytest.mark.parametrize("given", ["no_such_file.yml", "a.python.package"])
 def test_given_config_is_kept(spec: AlgoSpec, given: str) -> None:
     patch.register()
