@@ -151,9 +151,10 @@ def check_episodes_of_one(model: Any) -> None:
         raise ArgumentError(f"train_freq={pair!r} counts episodes, which needs one environment, got n_envs={model.n_envs}")
 
 
-def check_buffer(model: Any) -> None:
+def check_buffer(model: Any, kind: type[ReplayBuffer]) -> None:
     """
     :param model: an off-policy algorithm
+    :param kind: the class of its replay buffer
     :raises ArgumentError: if its replay buffer cannot tell truncation from termination, or is too small
     :raises UnsupportedError: if it sums rewards that its replay buffer has not got, or the buffer is not for its observations
     """
@@ -168,7 +169,6 @@ def check_buffer(model: Any) -> None:
         raise ArgumentError(
             f"buffer_size must be at least n_steps * n_envs = {model.n_steps * model.n_envs}, got {model.buffer_size}"
         )
-    kind = model.replay_buffer_class or model._automatic_buffer()
     of_dicts = isinstance(model.observation_space, spaces.Dict)
     if issubclass(kind, DictReplayBuffer) and not of_dicts:
         raise UnsupportedError(f"replay_buffer_class={kind.__name__} is for Dict observations, got {model.observation_space}")

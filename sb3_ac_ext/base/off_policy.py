@@ -101,11 +101,8 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_policy_class()
-        self._take_up_buffer_arguments()
-        if self._buffer_is_automatic():
-            self.replay_buffer_class = None
         self._check_arguments()
-        self.replay_buffer_class = self.replay_buffer_class or self._automatic_buffer()
+        self.replay_buffer_class = self._buffer_class()
         # a zip saved with include=["replay_buffer"] puts the buffer beside the property
         buffer = self.__dict__.pop("replay_buffer", self._replay_buffer)
         self._replay_buffer = MADE_ON_DEMAND
@@ -131,8 +128,9 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         made_with_sde = self.policy_kwargs.get("use_sde", self.use_sde)
         if made_with_sde != self.use_sde:  # at load
             raise ArgumentError(f"use_sde must be what the policy was made with, {made_with_sde}, got {self.use_sde}")
-        check_buffer(self)
         check_batch_fits(self)
+        self._take_up_buffer_arguments()
+        self._check_buffer(self._buffer_class())
         if self.exploration_noise is None:
             self._noise = None
             if self.action_noise is not None:
@@ -173,6 +171,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         self.replay_buffer_kwargs = dict(self.replay_buffer_kwargs or {})
         for name in taken & self.replay_buffer_kwargs.keys():
             value, own = self.replay_buffer_kwargs.pop(name), getattr(self, name)
+            arguments_of(type(self))[name].check(value)
             if name in changed and "replay_buffer_kwargs" not in changed:
                 continue  # what the file has is out of date
             if name == "n_steps" and own == arguments_of(type(self))[name].default:
@@ -193,12 +192,20 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         several = NStepReplayBuffer if self.n_steps > 1 else ReplayBuffer
         return DictReplayBuffer if isinstance(self.observation_space, spaces.Dict) else several
 
-    def _buffer_is_automatic(self) -> bool:
-        """Whether the class of the buffer is what is chosen where none is given, and stored as if it had been."""
+    def _buffer_class(self) -> type[ReplayBuffer]:
+        """The class of the buffer: what is given, unless that was chosen for other arguments when the file was saved."""
         changed = changed_by_load.get()
-        if not changed.isdisjoint(self.choosing_buffers) and "replay_buffer_class" not in changed:
-            return self.replay_buffer_class in self.automatic_buffers  # chosen for what is in the file
-        return self.replay_buffer_class is self._automatic_buffer()
+        given, file_is_outdated = self.replay_buffer_class, not changed.isdisjoint(self.choosing_buffers)
+        if file_is_outdated and "replay_buffer_class" not in changed and given in self.automatic_buffers:
+            given = None
+        return given or self._automatic_buffer()
+
+    def _check_buffer(self, buffer_class: type[ReplayBuffer]) -> None:
+        """
+        :raises ArgumentError: if a replay buffer of this class does not do what it is asked for
+        :raises UnsupportedError: if it cannot
+        """
+        check_buffer(self, buffer_class)
 
     def _make_replay_buffer(self) -> ReplayBuffer:
         assert self.replay_buffer_class is not None

@@ -175,14 +175,6 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         made = self.policy_kwargs.get("centralised", self.centralised)
         if made != self.centralised:
             raise ArgumentError(f"centralised must be what the policy was made with, {made}, got {self.centralised}")
-        if self.n_steps > 1:
-            raise UnsupportedError(f"n_steps must be 1 (agents may end at different steps), got {self.n_steps}")
-        if self.replay_buffer_class is not None and not issubclass(self.replay_buffer_class, JointReplayBuffer):
-            name = f"{JointReplayBuffer.__module__}.JointReplayBuffer"
-            raise UnsupportedError(
-                f"replay_buffer_class must be None or derived from {name}, which knows each agent's rewards, got "
-                f"{self.replay_buffer_class}"
-            )
         check_normalisation(self.env)
 
     def _setup_model(self) -> None:
@@ -192,6 +184,17 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
 
     def _automatic_buffer(self) -> type[ReplayBuffer]:
         return JointReplayBuffer
+
+    def _check_buffer(self, buffer_class: type[ReplayBuffer]) -> None:
+        if self.n_steps > 1:
+            raise UnsupportedError(f"n_steps must be 1 (agents may end at different steps), got {self.n_steps}")
+        if not issubclass(buffer_class, JointReplayBuffer):
+            name = f"{JointReplayBuffer.__module__}.JointReplayBuffer"
+            raise UnsupportedError(
+                f"replay_buffer_class must be None or derived from {name}, which knows each agent's rewards, got "
+                f"{buffer_class}"
+            )
+        super()._check_buffer(buffer_class)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """See SB3's ``BaseAlgorithm.set_env``."""
