@@ -46,6 +46,10 @@ class Check:
 CHECKS = (
     Check("td3x", "Pendulum-v1", threshold=-200, reference="td3"),
     Check("ddpgx", "Pendulum-v1", threshold=-250, reference="ddpg"),
+    # recorded at -122 first, then set
+    Check("d4pg", "Pendulum-v1", -250, options=("-n", "15000"), logged={"clipped_mass": (0, 0.05)}),
+    Check("d4pg", "Pendulum-v1", -250, options=("-n", "15000", "-params", "prioritized:False")),
+    Check("d4pg", "Pendulum-v1", -400, options=("-n", "15000", "-params", "distribution:'mixture'")),
     # the entropy meets its target, -1, and alpha has fallen from 1
     Check("sacx", "Pendulum-v1", -200, reference="sac", logged={"entropy": (-1.3, -0.7), "ent_coef": (0, 0.2)}),
     # recorded at -119 first, then set

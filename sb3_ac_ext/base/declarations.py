@@ -109,7 +109,8 @@ class OffPolicyArguments(CommonArguments):
     :param replay_buffer_kwargs: its arguments
     :param optimize_memory_usage: whether each observation is stored once; needs
         ``replay_buffer_kwargs={"handle_timeout_termination": False}``
-    :param n_steps: rewards summed before bootstrapping; more than 1 not with Dict observations or ``optimize_memory_usage``
+    :param n_steps: rewards summed before bootstrapping; more than 1 only with a replay buffer that sums them, and not with
+        ``optimize_memory_usage``
     :param exploration_noise: noise in the place of ``action_noise``, in the action space scaled to [-1, 1] too: ``{"type":
         "normal", "start": 0.5, "end": 0.1, "steps": 200000}``, whose std falls linearly with environment steps; without
         ``end`` and ``steps`` it stays. "ornstein-uhlenbeck" takes ``dt``: with 1 a step is a unit of the process's time,
