@@ -200,7 +200,6 @@ def test_sb3s_zip_with_several_steps_loads_with_another_gamma(tmp_path: Path) ->
 def test_a_buffer_that_is_asked_for_is_used_or_refused(row: str) -> None:
     her = {"policy": "MultiInputPolicy", "env": BitFlippingEnv(n_bits=3, continuous=True)}
     for arguments, message in (
-        ({"replay_buffer_class": NStepReplayBuffer}, "n_steps says of how many, got n_steps=1"),
         ({"replay_buffer_class": ReplayBuffer, "n_steps": 3}, "ReplayBuffer sums no rewards: n_steps must be 1, got 3"),
         ({"replay_buffer_class": DictReplayBuffer}, "DictReplayBuffer is for Dict observations, got Box"),
         ({"replay_buffer_class": HerReplayBuffer}, "HerReplayBuffer is for Dict observations, got Box"),
@@ -211,8 +210,10 @@ def test_a_buffer_that_is_asked_for_is_used_or_refused(row: str) -> None:
     ):
         with pytest.raises((ValueError, NotImplementedError), match=message):
             small_model(row, **arguments)
-    model = small_model(row, replay_buffer_class=NStepReplayBuffer, n_steps=2).learn(15)
-    assert type(model.replay_buffer) is NStepReplayBuffer
+    for given, n_steps in (({"n_steps": 2}, 2), ({}, 3)):  # SB3's default of this buffer
+        model = small_model(row, replay_buffer_class=NStepReplayBuffer, **given).learn(15)
+        assert type(model.replay_buffer) is NStepReplayBuffer
+        assert model.n_steps == model.replay_buffer.n_steps == n_steps
 
 
 def test_several_agents_need_a_buffer_that_knows_them() -> None:

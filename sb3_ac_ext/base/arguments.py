@@ -184,5 +184,3 @@ def check_buffer(model: Any, kind: type[ReplayBuffer]) -> None:
         )
     if steps is None and model.n_steps > 1:
         raise UnsupportedError(f"replay_buffer_class={kind.__name__} sums no rewards: n_steps must be 1, got {model.n_steps}")
-    if steps is not None and steps.default != 1 and model.n_steps == 1:
-        raise ArgumentError(f"replay_buffer_class={kind.__name__} sums rewards: n_steps says of how many, got n_steps=1")

@@ -174,13 +174,16 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
             arguments_of(type(self))[name].check(value)
             if name in changed and "replay_buffer_kwargs" not in changed:
                 continue  # what the file has is out of date
-            if name == "n_steps" and own == arguments_of(type(self))[name].default:
-                self.n_steps = value
+            if arguments_of(type(self))[name].is_default(own):
+                setattr(self, name, value)
             elif value != own:
                 raise ArgumentError(
                     f"replay_buffer_kwargs[{name!r}] must be {name}, which the replay buffer is handed: got {value!r} and "
                     f"{name}={own!r}"
                 )
+        steps = None if self.replay_buffer_class is None else arguments_of(self.replay_buffer_class).get("n_steps")
+        if steps is not None and steps.default != 1 and self.n_steps == 1 and "n_steps" not in changed:
+            self.n_steps = steps.default  # as with SB3
 
     @staticmethod
     def _shared_with(buffer_class: type[ReplayBuffer]) -> frozenset[str]:
@@ -251,7 +254,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
     def _prepared(self, buffer: ReplayBuffer) -> ReplayBuffer:
         """The buffer, with what it shares with the model as it is now."""
         if "gamma" in self._shared_with(type(buffer)):
-            buffer.gamma = self.gamma  # type: ignore[attr-defined]  # it takes one
+            buffer.gamma = float(self.gamma)  # type: ignore[attr-defined]  # it takes one
         if isinstance(buffer, PrioritizedReplayBuffer):
             buffer.progress_remaining = self._current_progress_remaining
         return buffer

@@ -263,6 +263,7 @@ class D4PG(OffPolicyMixin, DDPG):
         assert isinstance(critic, CategoricalCritic)
         discounts = (1 - batch.dones) * batch.discounts  # D
         probs = critic.outputs(batch.next_observations, self.actor_target(batch.next_observations)).softmax(dim=1)
+        probs = probs.type_as(batch.rewards)  # under autocast they are not
         returns = batch.rewards + discounts * critic.atoms  # (B, n_atoms)
         beyond = (returns < critic.atoms[0]) | (returns > critic.atoms[-1])
         return projection(probs, critic.atoms, batch.rewards, discounts), (beyond * probs).sum(dim=1)

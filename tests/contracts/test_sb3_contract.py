@@ -360,6 +360,7 @@ def with_actions(space: spaces.Space) -> Any:
 DICT = spaces.Dict({"vector": BOX, "choice": spaces.Discrete(3)})
 
 FRUGAL: dict[str, Any] = {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}
+"""To be copied: SB3 writes into it."""
 
 REFUSED: dict[str, Callable[[Any], Any]] = {
     **{
@@ -391,9 +392,9 @@ REFUSED_OFF_POLICY: dict[str, Callable[[Any], Any]] = {
     "discrete actions": lambda cls: small_model(cls, env=with_actions(spaces.Discrete(3))),
     "unbounded actions": lambda cls: small_model(cls, env=with_actions(spaces.Box(-np.inf, np.inf, (2,)))),
     "n-step dicts": lambda cls: small_model(cls, "dict", n_steps=3),
-    "memory of n steps": lambda cls: small_model(cls, n_steps=3, **FRUGAL).learn(14),
+    "memory of n steps": lambda cls: small_model(cls, n_steps=3, **copy.deepcopy(FRUGAL)).learn(14),
     "memory and time limits": lambda cls: small_model(cls, optimize_memory_usage=True).learn(14),
-    "memory of dicts": lambda cls: small_model(cls, "dict", **FRUGAL).learn(14),
+    "memory of dicts": lambda cls: small_model(cls, "dict", **copy.deepcopy(FRUGAL)).learn(14),
     "dict buffer": lambda cls: small_model(cls, replay_buffer_class=DictReplayBuffer).learn(14),
     "dimension of noise": lambda cls: small_model(cls, action_noise=NormalActionNoise(np.zeros(3), np.ones(3))).learn(14),
 }
