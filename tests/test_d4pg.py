@@ -21,7 +21,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_ac_ext import D4PG
-from sb3_ac_ext.buffers.prioritized import PrioritizedDictReplayBuffer, PrioritizedReplayBuffer
+from sb3_ac_ext.buffers.prioritized import PrioritizedDictReplayBuffer, PrioritizedHerReplayBuffer, PrioritizedReplayBuffer
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.d4pg.plots import plot_values
 from sb3_ac_ext.d4pg.value_range import automatic_range
@@ -293,6 +293,7 @@ def test_replay_is_prioritised_unless_another_buffer_is_asked_for() -> None:
         ({"replay_buffer_class": NStepReplayBuffer}, NStepReplayBuffer, 5),
         (dicts, PrioritizedDictReplayBuffer, 5),
         (her, HerReplayBuffer, 1),
+        ({**her, "replay_buffer_class": PrioritizedHerReplayBuffer}, PrioritizedHerReplayBuffer, 1),
         ({"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}, None, 1),
     ):
         model = small_model("d4pg", **arguments)

@@ -26,6 +26,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from stable_baselines3.common.utils import polyak_update
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_ac_ext.base.arguments import check_float_actions, check_policy_class
@@ -365,7 +366,8 @@ class D4PG(OffPolicyMixin, DDPG):
         if self.optimize_memory_usage:
             return False
         if self.replay_buffer_class is not None:
-            return "n_steps" in self._shared_with(self.replay_buffer_class)
+            hindsight = issubclass(self.replay_buffer_class, HerReplayBuffer)
+            return not hindsight and "n_steps" in self._shared_with(self.replay_buffer_class)
         return self.prioritized or not isinstance(getattr(self, "observation_space", None), spaces.Dict)
 
     def _excluded_save_params(self) -> list[str]:
@@ -377,4 +379,4 @@ def check_range(v_min: float | str, v_max: float | str) -> None:
     :raises ArgumentError: if there is no room for returns
     """
     if "auto" not in (v_min, v_max) and not v_min < v_max:  # type: ignore[operator]  # numbers
-        raise ArgumentError(f"v_min must be less than v_max, got v_min={v_min:g} and v_max={v_max:g}")
+        raise ArgumentError(f"v_min must be less than v_max, got v_min={float(v_min):g} and v_max={float(v_max):g}")
