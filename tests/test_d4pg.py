@@ -104,6 +104,20 @@ def test_target_of_several_steps(done: float, discount: float, expected: tuple[f
     np.testing.assert_allclose(target[0], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("truncates", [True, False])
+def test_time_limits_are_no_ends(truncates: bool) -> None:
+    """Rewards are 1, 2, 3; behind a truncation the target's Q counts, times gamma to the number of rewards, else nothing."""
+    env = ScriptedEnv(length=3, truncates=truncates, low=0.0, high=2.0)
+    model = small_model("d4pg", env=env, gamma=0.9, v_min=-20.0, v_max=20.0).learn(6)
+    giving(model.critic_target, np.linspace(0, 1, 51))
+    samples = model.replay_buffer._samples(np.arange(6), None)
+    target, _ = model._categorical_target(Transitions(*samples))
+    atoms, probs = np.linspace(-20, 20, 51), np.exp(np.linspace(0, 1, 51))
+    rewards, discounts = np.array([5.23, 4.7, 3.0] * 2), np.array([0.729, 0.81, 0.9] * 2) * truncates
+    returns = np.clip(rewards[:, None] + discounts[:, None] * atoms, -20, 20)
+    np.testing.assert_allclose(target @ model.critic.atoms, returns @ probs / probs.sum(), rtol=1e-4)
+
+
 def test_logits_that_underflow_have_a_finite_loss() -> None:
     """Probabilities of 0, whose logarithm there is none of."""
     model, bias = categorical(logits=(1e4, -1e4, 0.0, -1e4, 1e4))
