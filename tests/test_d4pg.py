@@ -334,7 +334,9 @@ def test_priorities_are_switched_off_and_on_by_load(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"v_min": 1.0, "v_max": 1.0}, "v_min must be less than v_max, got v_min=1 and v_max=1"),
-        ({"v_min": "low"}, "v_min must be a number or one of 'auto', got 'low'"),
+        ({"v_min": 1e6, "v_max": 1e6 + 1}, "so much less than v_max that float32 has 51 atoms between them, got v_min=1e"),
+        ({"v_min": -1e30}, r"v_min must be a number in \[-1000000000000.0, 1000000000000.0\].*, got -1e"),
+        ({"v_min": "low"}, r"v_min must be a number in \[.*\],? or one of 'auto', got 'low'"),
         ({"gamma": 1.0}, "need gamma < 1, got gamma=1.0: give both as numbers"),
         ({"n_steps": 0}, "n_steps must be an integer >= 1 or None, got 0"),
         ({"buffer_size": 4}, r"buffer_size must be at least n_steps \* n_envs = 5, got 4"),
@@ -355,10 +357,15 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         small_model("d4pg", **arguments)
 
 
-def test_automatic_range_that_the_given_end_is_beyond() -> None:
-    model = small_model("d4pg", v_max=-1e6)
-    with pytest.raises(ValueError, match=r"v_min must be less than v_max, got v_min=-\d"):
-        model.learn(15)
+@pytest.mark.parametrize("end", [-1e12, -1e3, 1e3, 1e12])
+@pytest.mark.parametrize("name", ["v_min", "v_max"])
+def test_the_automatic_end_makes_room_for_the_given_one(name: str, end: float) -> None:
+    model = small_model("d4pg", **{name: end}).learn(15)
+    low, high = automatic_range(model.replay_buffer.rewards[:11], model.gamma)
+    v_min, v_max = model.value_range
+    assert (v_min if name == "v_min" else v_max) == end
+    assert v_min <= max(low, end) and v_max >= min(high, end)
+    assert (np.diff(model.critic.atoms) > 0).all()
 
 
 # The picture

@@ -38,8 +38,8 @@ from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.buffers.prioritized import PrioritizedDictReplayBuffer, PrioritizedReplayBuffer
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.d4pg.networks import CategoricalCritic, DistributionalCritic, MixtureCritic
-from sb3_ac_ext.d4pg.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
-from sb3_ac_ext.d4pg.value_range import CLIPPED_UPDATES, MOST_CLIPPED, automatic_range
+from sb3_ac_ext.d4pg.policies import N_ATOMS, CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_ac_ext.d4pg.value_range import CLIPPED_UPDATES, MOST_CLIPPED, Return, automatic_range, check_range, least_width
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.categorical import (
     clipped_to_norm,
@@ -161,8 +161,8 @@ class D4PG(OffPolicyMixin, DDPG):
         actor_learning_rate: Rate | None = None,
         critic_learning_rate: Rate | None = None,
         distribution: Annotated[Literal["categorical", "mixture"], Acts.NEVER] = "categorical",
-        v_min: Annotated[float | Literal["auto"], Needs("distribution", "categorical")] = "auto",
-        v_max: Annotated[float | Literal["auto"], Needs("distribution", "categorical")] = "auto",
+        v_min: Annotated[Return | Literal["auto"], Needs("distribution", "categorical")] = "auto",
+        v_max: Annotated[Return | Literal["auto"], Needs("distribution", "categorical")] = "auto",
         n_target_samples: Annotated[PositiveInt, Needs("distribution", "mixture")] = 20,
         target_update_interval: PositiveInt = 100,
         dqda_clipping: Positive | None = None,
@@ -202,7 +202,8 @@ class D4PG(OffPolicyMixin, DDPG):
         made = self.policy_kwargs.get("distribution", self.distribution)
         if made != self.distribution:
             raise ArgumentError(f"distribution must be what the policy was made with, {made!r}, got {self.distribution!r}")
-        check_range(self.v_min, self.v_max)
+        if "auto" not in (self.v_min, self.v_max):
+            check_range(float(self.v_min), float(self.v_max), self.policy_kwargs.get("n_atoms", N_ATOMS))
         if "auto" in (self.v_min, self.v_max) and self.distribution == "categorical" and self.gamma == 1:
             raise ArgumentError(
                 f'v_min="auto" and v_max="auto" need gamma < 1, got gamma={self.gamma}: give both as numbers, got '
@@ -319,9 +320,13 @@ class D4PG(OffPolicyMixin, DDPG):
             return float(self.v_min), float(self.v_max)
         if self._automatic_range is None:
             return None
-        v_min = self._automatic_range[0] if self.v_min == "auto" else float(self.v_min)
-        v_max = self._automatic_range[1] if self.v_max == "auto" else float(self.v_max)
-        return v_min, v_max
+        low, high = self._automatic_range
+        if self.v_min == self.v_max == "auto":
+            return low, high
+        # the automatic end makes room where the given one lies beyond it
+        given = float(self.v_max if self.v_min == "auto" else self.v_min)
+        width = max(high - low, 2 * least_width(given, given, self.policy.n_atoms))
+        return (min(low, given - width), given) if self.v_min == "auto" else (given, max(high, given + width))
 
     def _set_atoms(self) -> None:
         if self.distribution != "categorical":
@@ -333,7 +338,6 @@ class D4PG(OffPolicyMixin, DDPG):
                 rewards = self._vec_normalize_env.normalize_reward(rewards)
             self._automatic_range = [*automatic_range(rewards, self.gamma)]
         if self.value_range is not None:
-            check_range(*self.value_range)
             for critic in (self.critic, self.critic_target):
                 assert isinstance(critic, CategoricalCritic)
                 critic.set_range(*self.value_range)
@@ -372,11 +376,3 @@ class D4PG(OffPolicyMixin, DDPG):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_clipped", "_warned_of_range"]
-
-
-def check_range(v_min: float | str, v_max: float | str) -> None:
-    """
-    :raises ArgumentError: if there is no room for returns
-    """
-    if "auto" not in (v_min, v_max) and not v_min < v_max:  # type: ignore[operator]  # numbers
-        raise ArgumentError(f"v_min must be less than v_max, got v_min={float(v_min):g} and v_max={float(v_max):g}")

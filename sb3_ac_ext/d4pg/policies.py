@@ -12,6 +12,7 @@ from sb3_ac_ext.d4pg.networks import CategoricalCritic, DistributionalCritic, Mi
 from sb3_ac_ext.networks.policies import ForDicts, ForImages
 from sb3_ac_ext.validation import Positive, PositiveInt
 
+N_ATOMS = 51
 OPTIONS = ("distribution", "n_atoms", "n_components", "init_std", "min_std")
 
 
@@ -42,7 +43,7 @@ class MlpPolicy(TD3Policy):
         lr_schedule: Schedule,
         *,
         distribution: Literal["categorical", "mixture"] = "categorical",
-        n_atoms: Annotated[int, Ge(2)] = 51,
+        n_atoms: Annotated[int, Ge(2)] = N_ATOMS,
         n_components: PositiveInt = 5,
         init_std: Positive = 1.0,
         min_std: Positive = 1e-3,

@@ -1,7 +1,14 @@
 """Which returns the atoms of a categorical critic should stand for, where the user does not say."""
 
-import numpy as np
+from typing import Annotated
 
+import numpy as np
+from annotated_types import Interval
+
+from sb3_ac_ext.validation import ArgumentError
+
+Return = Annotated[float, Interval(ge=-1e12, le=1e12)]
+"""What networks can compute with in float32, gradients included."""
 MOST_CLIPPED = 0.05
 """Probability beyond the atoms above which their range is too narrow."""
 CLIPPED_UPDATES = 1000
@@ -30,3 +37,27 @@ def automatic_range(rewards: np.ndarray, gamma: float) -> tuple[float, float]:
     v_min = min(low, 0) / (1 - gamma) + min(rewards.min(), 0)
     v_max = max(high, 0) / (1 - gamma) + max(rewards.max(), 0)
     return float(v_min), float(v_max)
+
+
+def least_width(v_min: float, v_max: float, n_atoms: int) -> float:
+    """
+    :param v_min: the first atom
+    :param v_max: the last one
+    :param n_atoms: how many there are
+    :return: the distance from the first to the last with which float32 can tell one from the next
+    """
+    return 2.0**-20 * n_atoms * max(abs(v_min), abs(v_max))
+
+
+def check_range(v_min: float, v_max: float, n_atoms: int) -> None:
+    """
+    :param v_min: the first atom
+    :param v_max: the last one
+    :param n_atoms: how many there are
+    :raises ArgumentError: if there is no room for returns between them
+    """
+    given = f"got v_min={float(v_min):g} and v_max={float(v_max):g}"
+    if not v_min < v_max:
+        raise ArgumentError(f"v_min must be less than v_max, {given}")
+    if v_max - v_min < least_width(v_min, v_max, n_atoms):
+        raise ArgumentError(f"v_min must be so much less than v_max that float32 has {n_atoms} atoms between them, {given}")
