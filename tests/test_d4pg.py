@@ -333,8 +333,11 @@ def test_priorities_are_switched_off_and_on_by_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"v_min": 1.0, "v_max": 1.0}, "v_min must be less than v_max, got v_min=1 and v_max=1"),
-        ({"v_min": 1e6, "v_max": 1e6 + 1}, "so much less than v_max that float32 has 51 atoms between them, got v_min=1e"),
+        ({"v_min": 1.0, "v_max": 1.0}, "v_min must be less than v_max, got v_min=1.0 and v_max=1.0"),
+        (
+            {"v_min": 1e6, "v_max": 1e6 + 1},
+            "so much less than v_max that float32 has 51 atoms between them, got v_min=1000000.0",
+        ),
         ({"v_min": -1e30}, r"v_min must be a number in \[-1000000000000.0, 1000000000000.0\].*, got -1e"),
         ({"v_min": "low"}, r"v_min must be a number in \[.*\],? or one of 'auto', got 'low'"),
         ({"gamma": 1.0}, "need gamma < 1, got gamma=1.0: give both as numbers"),

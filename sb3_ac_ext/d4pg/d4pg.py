@@ -203,7 +203,8 @@ class D4PG(OffPolicyMixin, DDPG):
         if made != self.distribution:
             raise ArgumentError(f"distribution must be what the policy was made with, {made!r}, got {self.distribution!r}")
         if "auto" not in (self.v_min, self.v_max):
-            check_range(float(self.v_min), float(self.v_max), self.policy_kwargs.get("n_atoms", N_ATOMS))
+            n_atoms = self.policy_kwargs.get("n_atoms", N_ATOMS)
+            check_range(self.v_min, self.v_max, n_atoms)  # type: ignore[arg-type]  # numbers
         if "auto" in (self.v_min, self.v_max) and self.distribution == "categorical" and self.gamma == 1:
             raise ArgumentError(
                 f'v_min="auto" and v_max="auto" need gamma < 1, got gamma={self.gamma}: give both as numbers, got '

@@ -5,7 +5,7 @@ from typing import Annotated
 import numpy as np
 from annotated_types import Interval
 
-from sb3_ac_ext.validation import ArgumentError
+from sb3_ac_ext.validation import ArgumentError, shown
 
 Return = Annotated[float, Interval(ge=-1e12, le=1e12)]
 """What networks can compute with in float32, gradients included."""
@@ -56,7 +56,7 @@ def check_range(v_min: float, v_max: float, n_atoms: int) -> None:
     :param n_atoms: how many there are
     :raises ArgumentError: if there is no room for returns between them
     """
-    given = f"got v_min={float(v_min):g} and v_max={float(v_max):g}"
+    given = f"got v_min={shown(v_min)} and v_max={shown(v_max)}"
     if not v_min < v_max:
         raise ArgumentError(f"v_min must be less than v_max, {given}")
     if v_max - v_min < least_width(v_min, v_max, n_atoms):
