@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch as th
+from annotated_types import Interval
 from gymnasium import spaces
 from stable_baselines3 import DDPG
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -163,7 +164,7 @@ class D4PG(OffPolicyMixin, DDPG):
         distribution: Annotated[Literal["categorical", "mixture"], Acts.NEVER] = "categorical",
         v_min: Annotated[Return | Literal["auto"], Needs("distribution", "categorical")] = "auto",
         v_max: Annotated[Return | Literal["auto"], Needs("distribution", "categorical")] = "auto",
-        n_target_samples: Annotated[PositiveInt, Needs("distribution", "mixture")] = 20,
+        n_target_samples: Annotated[int, Interval(ge=1, le=10_000), Needs("distribution", "mixture")] = 20,
         target_update_interval: PositiveInt = 100,
         dqda_clipping: Positive | None = None,
         prioritized: Annotated[bool, Acts.NEVER] = True,
