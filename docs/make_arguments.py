@@ -18,7 +18,7 @@ from sb3_ac_ext.base.declarations import CommonArguments, OffPolicyArguments, On
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
 from sb3_ac_ext.base.schedules import LEGAL
-from sb3_ac_ext.base.signatures import Argument, arguments_of
+from sb3_ac_ext.signatures import Argument, arguments_of
 from sb3_ac_ext.validation import Acts, Excludes, Needs, alternatives, legal
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 

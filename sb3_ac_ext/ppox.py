@@ -23,7 +23,6 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
 from sb3_ac_ext.base.schedules import Rate, as_schedule
-from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.buffers.rollouts import Samples, minibatches
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.surrogates import (
@@ -43,6 +42,7 @@ from sb3_ac_ext.networks.actor_critic import (
     kl_divergence,
     separate_optimizers,
 )
+from sb3_ac_ext.signatures import passed_on
 from sb3_ac_ext.validation import Acts, ArgumentError, Excludes, Needs, NonNegative, Positive, PositiveInt, check_number
 
 __all__ = ["PPOX", "CnnPolicy", "MlpPolicy", "MultiInputPolicy"]

@@ -22,11 +22,11 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
 from sb3_ac_ext.base.schedules import Rate
-from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.returns import episode_discounts
 from sb3_ac_ext.functional.surrogates import normalized, squared_error
 from sb3_ac_ext.networks.actor_critic import SEPARATE_POLICIES, separate_optimizers
+from sb3_ac_ext.signatures import passed_on
 from sb3_ac_ext.validation import Acts, ArgumentError, Needs, PositiveInt
 
 

@@ -27,11 +27,11 @@ from sb3_ac_ext.base.arguments import check_float_actions
 from sb3_ac_ext.base.noise import ExplorationNoise
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
 from sb3_ac_ext.base.schedules import Rate
-from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.losses import smoothed_action, squared_error, td_errors, td_target
 from sb3_ac_ext.networks.policies import CriticPolicy, ForDicts, ForImages
+from sb3_ac_ext.signatures import passed_on
 from sb3_ac_ext.validation import NonNegative, PositiveInt
 
 

@@ -31,7 +31,6 @@ from torch import nn
 
 from sb3_ac_ext.base.checkpoint import parameters_of, split_optimizer_state
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
-from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.buffers.rollouts import Samples, minibatches
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.natural_gradient import (
@@ -43,6 +42,7 @@ from sb3_ac_ext.functional.natural_gradient import (
 )
 from sb3_ac_ext.functional.surrogates import normalized, squared_error, surrogate
 from sb3_ac_ext.networks.actor_critic import describe, kl_divergence, policy_parameters, statistics
+from sb3_ac_ext.signatures import passed_on
 from sb3_ac_ext.validation import NonNegative, NonNegativeInt, Positive, PositiveInt, UnitInterval
 
 

@@ -36,8 +36,8 @@ from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, Ornst
 from torch import nn
 
 from sb3_ac_ext.acktr import ACKTR
-from sb3_ac_ext.base.signatures import Argument, arguments_of
 from sb3_ac_ext.maddpg import MADDPG
+from sb3_ac_ext.signatures import Argument, arguments_of
 from sb3_ac_ext.validation import LARGEST, Needs, NonFiniteError, Syntax, alternatives, shown, syntax_in
 
 Values = st.SearchStrategy[Any]

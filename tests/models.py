@@ -20,9 +20,9 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from sb3_ac_ext import ACKTR, D4PG, MADDPG
-from sb3_ac_ext.base.signatures import arguments_of
 from sb3_ac_ext.buffers.prioritized import PrioritizedDictReplayBuffer, PrioritizedReplayBuffer
 from sb3_ac_ext.networks.actor_critic import SeparateCnnPolicy
+from sb3_ac_ext.signatures import arguments_of
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
 Row = AlgoSpec | str | type[BaseAlgorithm]

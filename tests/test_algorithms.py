@@ -20,7 +20,7 @@ from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
 from subjects import numbers
 
-from sb3_ac_ext.base.signatures import arguments_of
+from sb3_ac_ext.signatures import arguments_of
 from sb3_ac_ext.zoo.registry import AlgoSpec
 
 # Spaces

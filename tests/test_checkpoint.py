@@ -25,7 +25,7 @@ import sb3_ac_ext.base.off_policy
 import sb3_ac_ext.td3x
 from sb3_ac_ext import DDPGX, TD3X
 from sb3_ac_ext.base.checkpoint import atomic_file, random_state, set_random_state
-from sb3_ac_ext.base.signatures import arguments_of
+from sb3_ac_ext.signatures import arguments_of
 from sb3_ac_ext.validation import ArgumentError
 
 LENGTH = 5

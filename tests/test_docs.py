@@ -16,7 +16,7 @@ from stable_baselines3.common.utils import polyak_update
 from subjects import numbers
 from torch.nn import functional as F
 
-from sb3_ac_ext.base.signatures import arguments_of
+from sb3_ac_ext.signatures import arguments_of
 from sb3_ac_ext.zoo.registry import AlgoSpec
 from sb3_ac_ext.zoo.samplers import off_policy
 

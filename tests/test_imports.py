@@ -12,10 +12,10 @@ import sb3_ac_ext
 
 PACKAGE = Path(sb3_ac_ext.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
-BELOW: dict[str, set[str]] = {"functional": set(), "validation": set(), "envs": {"validation"}}
+BELOW: dict[str, set[str]] = {"functional": set(), "validation": set(), "signatures": {"validation"}, "envs": {"validation"}}
 """Of each room the rooms that it may import besides itself; each of the following ones may import all above it here."""
 BELOW["engine"] = {"functional", "validation"}
-BELOW["networks"] = BELOW["buffers"] = {*BELOW["engine"], "engine", "envs"}
+BELOW["networks"] = BELOW["buffers"] = {*BELOW["engine"], "engine", "envs", "signatures"}
 BELOW["base"] = {*BELOW["networks"], "networks", "buffers"}
 BELOW["actors"] = {*BELOW["base"], "base"}
 FOUNDATIONS = set(BELOW)

@@ -8,7 +8,7 @@ from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_ac_ext.base.signatures import arguments_of
+from sb3_ac_ext.signatures import arguments_of
 from sb3_ac_ext.zoo.precedence import OF_THE_ZOO, UNDECLARED, drop_contradicted
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sb3_ac_ext.base.signatures import arguments_of
+from sb3_ac_ext.signatures import arguments_of
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
 CHECKOUT = Path(__file__).parent.parent

@@ -23,8 +23,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper,
 from torch import nn
 
 from sb3_ac_ext import PPOX
-from sb3_ac_ext.base.signatures import arguments_of
 from sb3_ac_ext.buffers.rollouts import minibatches
+from sb3_ac_ext.signatures import arguments_of
 from sb3_ac_ext.validation import NonFiniteError, UnsupportedError
 
 T = 12

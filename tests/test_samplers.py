@@ -27,7 +27,7 @@ from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckA
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ac_ext.base.signatures import arguments_of
+from sb3_ac_ext.signatures import arguments_of
 from sb3_ac_ext.zoo import patch
 from sb3_ac_ext.zoo.precedence import drop_contradicted
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec, data_dir

@@ -11,7 +11,7 @@ from sb3_ac_ext import TD3X
 from sb3_ac_ext.base.declarations import OffPolicyArguments
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
-from sb3_ac_ext.base.signatures import arguments_of, check_arguments, passed_on, takes_anything
+from sb3_ac_ext.signatures import arguments_of, check_arguments, passed_on, takes_anything
 from sb3_ac_ext.validation import Acts, ArgumentError, Excludes, Needs, UnitInterval, check
 
 REQUIRED = {"policy", "env"}

@@ -26,7 +26,7 @@ from conftest import Command
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_pkl
 
-from sb3_ac_ext.base.signatures import arguments_of
+from sb3_ac_ext.signatures import arguments_of
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
 one_of_each_kind = pytest.mark.parametrize(

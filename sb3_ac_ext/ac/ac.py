@@ -30,9 +30,9 @@ from sb3_ac_ext.base.arguments import check_bounded_actions, check_policy_class
 from sb3_ac_ext.base.on_policy import truncated
 from sb3_ac_ext.base.online import ROLLOUT, OnlineMixin
 from sb3_ac_ext.base.schedules import Rate
-from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.networks.actor_critic import SEPARATE_POLICIES, separate_optimizers
+from sb3_ac_ext.signatures import passed_on
 from sb3_ac_ext.validation import Acts, ArgumentError, Needs, NonNegative, UnitInterval, UnsupportedError
 
 

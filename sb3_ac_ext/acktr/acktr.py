@@ -28,11 +28,11 @@ from sb3_ac_ext.acktr.blocks import LayerCalls
 from sb3_ac_ext.acktr.kfac_optimizer import KFAC, OPTIONS, Inversion, ShareOfBefore
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
 from sb3_ac_ext.base.schedules import Rate
-from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.kfac import adapted_step_scale
 from sb3_ac_ext.functional.surrogates import normalized, squared_error
 from sb3_ac_ext.networks.actor_critic import describe, kl_divergence, policy_modules, value_modules
+from sb3_ac_ext.signatures import passed_on
 from sb3_ac_ext.validation import ArgumentError, NonNegativeInt, Positive, PositiveInt, UnsupportedError
 
 VALUE_MAX_KL = 0.01

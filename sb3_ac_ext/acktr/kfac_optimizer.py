@@ -8,9 +8,9 @@ from annotated_types import Interval
 from torch import nn
 
 from sb3_ac_ext.acktr.blocks import INVERSES, Block, LayerBlock, LayerCalls, State, blocks_of
-from sb3_ac_ext.base.signatures import check_given
 from sb3_ac_ext.functional import kfac
 from sb3_ac_ext.functional.natural_gradient import flatten, unflatten
+from sb3_ac_ext.signatures import check_given
 from sb3_ac_ext.validation import NonNegative, NonNegativeInt, Positive, PositiveInt
 
 OPTIONS = ("max_kl", "damping", "stats_decay", "inverse_update_interval", "inversion", "momentum", "cold_iterations")

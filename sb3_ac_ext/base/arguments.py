@@ -13,8 +13,8 @@ from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.policies import BasePolicy
 
-from sb3_ac_ext.base.signatures import arguments_of, takes_anything
 from sb3_ac_ext.buffers.prioritized import PrioritizedReplayBuffer
+from sb3_ac_ext.signatures import arguments_of, takes_anything
 from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, UnsupportedError, check, check_keys, shown
 
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf

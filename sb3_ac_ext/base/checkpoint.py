@@ -23,7 +23,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import nn
 
 from sb3_ac_ext.base.declarations import check_device
-from sb3_ac_ext.base.signatures import arguments_of
+from sb3_ac_ext.signatures import arguments_of
 from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, UnsupportedError, check_keys, shown
 
 LIBRARIES = (__name__.partition(".")[0], "stable_baselines3", "sb3_contrib")

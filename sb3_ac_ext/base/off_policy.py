@@ -31,12 +31,12 @@ from sb3_ac_ext.base.arguments import (
 from sb3_ac_ext.base.checkpoint import CheckpointMixin, atomic_file, changed_by_load
 from sb3_ac_ext.base.declarations import OffPolicyArguments
 from sb3_ac_ext.base.noise import ExplorationNoise, NoiseSchedule, ScaledNoise, check_action_noise
-from sb3_ac_ext.base.signatures import arguments_of, check_given
 from sb3_ac_ext.base.training import TrainingMixin
 from sb3_ac_ext.buffers import replay
 from sb3_ac_ext.buffers.prioritized import PrioritizedReplayBuffer
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.engine import Engine
+from sb3_ac_ext.signatures import arguments_of, check_given
 from sb3_ac_ext.validation import ArgumentError, translated_assertions
 
 SHARED_WITH_BUFFERS = frozenset({"n_steps", "gamma"})

@@ -29,10 +29,10 @@ from sb3_ac_ext.base.arguments import (
 from sb3_ac_ext.base.checkpoint import CheckpointMixin
 from sb3_ac_ext.base.declarations import OnPolicyArguments
 from sb3_ac_ext.base.environment_checks import check_finite, check_rollout, locate_non_finite
-from sb3_ac_ext.base.signatures import check_given
 from sb3_ac_ext.base.training import TrainingMixin
 from sb3_ac_ext.buffers.rollouts import Samples, copied, fill_estimates, flattened
 from sb3_ac_ext.engine import Engine, Outputs
+from sb3_ac_ext.signatures import check_given
 from sb3_ac_ext.validation import NonFiniteError, UnsupportedError, check_number, translated_assertions
 
 AUTOMATIC_BUFFERS = (RolloutBuffer, DictRolloutBuffer)

@@ -18,8 +18,8 @@ from torch import nn
 from sb3_ac_ext.base.arguments import POLICY_GETS, check_kwargs
 from sb3_ac_ext.base.declarations import CommonArguments
 from sb3_ac_ext.base.schedules import as_schedule
-from sb3_ac_ext.base.signatures import arguments_of, check_arguments, documented
 from sb3_ac_ext.engine import Engine, Network
+from sb3_ac_ext.signatures import arguments_of, check_arguments, documented
 from sb3_ac_ext.validation import ArgumentError, ArgumentTypeError, NonFiniteError, check_keys, check_mapping, check_number
 
 ATTRIBUTES = {"stats_window_size": "_stats_window_size", "policy": "policy_class"}

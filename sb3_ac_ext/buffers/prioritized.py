@@ -21,8 +21,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_ac_ext.base.signatures import check_given
 from sb3_ac_ext.buffers.sum_tree import SumTree, Tree
+from sb3_ac_ext.signatures import check_given
 from sb3_ac_ext.validation import ArgumentError, NonFiniteError, Positive, PositiveInt, UnitInterval, UnsupportedError
 
 

@@ -35,7 +35,6 @@ from sb3_ac_ext.base.declarations import OffPolicyArguments
 from sb3_ac_ext.base.noise import ExplorationNoise
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
 from sb3_ac_ext.base.schedules import Rate
-from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.buffers.prioritized import PrioritizedDictReplayBuffer, PrioritizedReplayBuffer
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.d4pg.networks import CategoricalCritic, DistributionalCritic, MixtureCritic
@@ -52,6 +51,7 @@ from sb3_ac_ext.functional.categorical import (
 )
 from sb3_ac_ext.functional.gumbel import gumbel_noise
 from sb3_ac_ext.functional.losses import td_target
+from sb3_ac_ext.signatures import passed_on
 from sb3_ac_ext.validation import Acts, ArgumentError, Needs, Positive, PositiveInt
 
 N_STEPS = 5

@@ -35,7 +35,6 @@ from sb3_ac_ext.base.arguments import check_float_actions, check_policy_class
 from sb3_ac_ext.base.noise import ExplorationNoise, ScaledNoise
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
 from sb3_ac_ext.base.schedules import Rate
-from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.envs.joint import JointEnv, is_multi_agent
 from sb3_ac_ext.envs.joint_spaces import ALONE, JointBox
@@ -44,6 +43,7 @@ from sb3_ac_ext.functional.multi_agent import active_mean, replace_agent_action
 from sb3_ac_ext.maddpg.buffer import JointReplayBuffer, JointTransitions
 from sb3_ac_ext.maddpg.networks import JointActor, JointCritic
 from sb3_ac_ext.maddpg.policies import MlpPolicy
+from sb3_ac_ext.signatures import passed_on
 from sb3_ac_ext.validation import Acts, ArgumentError, NonNegative, PositiveInt, UnsupportedError
 
 NETWORKS = ("actor", "critic", "actor_target", "critic_target")

@@ -38,13 +38,13 @@ from sb3_ac_ext.base.checkpoint import changed_by_load
 from sb3_ac_ext.base.noise import ExplorationNoise
 from sb3_ac_ext.base.off_policy import OffPolicyMixin, critic_names
 from sb3_ac_ext.base.schedules import Rate
-from sb3_ac_ext.base.signatures import passed_on
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.gaussian import squashed_gaussian
 from sb3_ac_ext.functional.losses import ent_coef_loss, soft_value, squared_error, td_errors, td_target
 from sb3_ac_ext.sacx.arguments import EntCoef, TargetEntropy, parse_ent_coef, target_entropy_in
 from sb3_ac_ext.sacx.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, divided
+from sb3_ac_ext.signatures import passed_on
 from sb3_ac_ext.validation import Acts, ArgumentError, Excludes, Needs, PositiveInt, check_keys
 
 

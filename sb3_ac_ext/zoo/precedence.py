@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from functools import cache
 from typing import Any
 
-from sb3_ac_ext.base.signatures import Argument, arguments_of
+from sb3_ac_ext.signatures import Argument, arguments_of
 from sb3_ac_ext.validation import Excludes, Needs
 
 Condition = tuple[str, Callable[[Any], bool]]

@@ -17,7 +17,7 @@ from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from subjects import numbers
 
-from sb3_ac_ext.base.signatures import arguments_of
+from sb3_ac_ext.signatures import arguments_of
 from sb3_ac_ext.validation import Acts
 
 pytestmark = [
