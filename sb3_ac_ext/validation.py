@@ -278,7 +278,8 @@ def _in_words(kind: Any, constraints: tuple[Any, ...]) -> str:
     if kind is int or kind is float:
         return f"{'an integer' if kind is int else 'a number'}{_range_in_words(constraints)}"
     if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(repr, get_args(kind)))}"
+        choices = ", ".join(map(repr, get_args(kind)))
+        return f"one of {choices}" if len(get_args(kind)) > 1 else choices
     if get_origin(kind) is type:
         return f"a class derived from {get_args(kind)[0].__name__}"
     if is_typeddict(kind):

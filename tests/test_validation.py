@@ -97,7 +97,7 @@ def even(name: str, value: Any) -> None:
         (NonNegative | None, "a number >= 0 or None", [0, None], [-1], ["0"]),
         (bool, "True or False", [True, False], [], [0, 1, "yes", None, np.True_]),
         (Literal["a", "b"], "one of 'a', 'b'", ["a", "b"], ["c", 1, None, [], np.zeros(2)], []),
-        (Literal["a"] | None, "one of 'a' or None", ["a", None], ["b"], []),
+        (Literal["a"] | None, "'a' or None", ["a", None], ["b"], []),
         (str | None, "a string or None", ["", "x", None], [], [b"x", 1]),
         (type[dict] | None, "a class derived from dict or None", [dict, None], [], [list, {}, "dict"]),
         (dict[str, Any] | None, "a dict or None", [{}, {"a": 1}, None], [], [[], "a"]),
