@@ -112,6 +112,14 @@ def test_no_mass_is_lost_in_float32() -> None:
         th.testing.assert_close(result.sum(dim=1), th.ones(200), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_is_not_finite_is_no_atom(wrong: float) -> None:
+    discounts = scalar(0.9) if math.isnan(wrong) else scalar(wrong)  # inf times the atom 0 is NaN
+    result = projection(th.cat([PROBS, PROBS]), ATOMS, th.cat([scalar(wrong), scalar(0.25)]), th.cat([discounts, scalar(0.9)]))
+    assert result[0].isnan().any()
+    close(result[1:], 0.075, 0.195, 0.42, 0.225, 0.085)
+
+
 # Cross-entropy and value
 
 

@@ -22,14 +22,14 @@ def projection(probs: th.Tensor, atoms: th.Tensor, reward: th.Tensor, discount: 
     :param atoms: ``(N,)`` z, in reward units; at least 2
     :param reward: ``(B, 1)`` r, or the discounted sum of several, in reward units
     :param discount: ``(B, 1)`` D, gamma to the number of summed rewards; 0 where the episode terminated
-    :return: ``(B, N)`` m, summing to 1 in each row
+    :return: ``(B, N)`` m, summing to 1 in each row; NaN where r or D is
     """
     last = len(atoms) - 1
     position = (reward + discount * atoms - atoms[0]) * (last / (atoms[-1] - atoms[0]))  # in distances between atoms
     position = position.clamp(0, last)
     below = position.floor()
     share = position - below  # of the atom above; 0 on an atom, so that all goes to it
-    lower = below.long()
+    lower = below.long().clamp(0, last)  # NaN is no atom's number
     masses = th.zeros_like(probs).scatter_add_(1, lower, probs * (1 - share))
     return masses.scatter_add_(1, (lower + 1).clamp(max=last), probs * share)
 
