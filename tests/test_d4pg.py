@@ -25,6 +25,7 @@ from sb3_ac_ext.buffers.prioritized import PrioritizedDictReplayBuffer, Prioriti
 from sb3_ac_ext.buffers.replay import Transitions
 from sb3_ac_ext.d4pg.plots import plot_values
 from sb3_ac_ext.d4pg.value_range import automatic_range
+from sb3_ac_ext.validation import NonFiniteError
 
 PROBS = (0.1, 0.2, 0.4, 0.2, 0.1)
 LOGITS = (0.3, -0.2, 0.1, 0.0, -0.4)
@@ -293,6 +294,15 @@ def test_clipped_mass_is_what_lies_beyond_the_atoms_and_is_warned_of_once() -> N
     assert r"10% of the returns' probability lies outside of [v_min, v_max] = [0, 4]" in str(found[0].message)
 
 
+def test_the_largest_return_itself_is_not_beyond_the_atoms() -> None:
+    powers = th.as_tensor(0.98 ** np.arange(6, dtype=np.float32))  # as the buffer has them
+    rewards, discounts = powers[:5].sum().reshape(1, 1), powers[5:, None]
+    model, _ = categorical((0.0, 50.0))
+    _, clipped = model._categorical_target(transitions(rewards=rewards, discounts=discounts))
+    assert (rewards + 50 * discounts).item() > 50  # by rounding: 1 / (1 - 0.98) is the largest return
+    assert clipped.item() == 0
+
+
 # The replay buffer
 
 
@@ -327,7 +337,39 @@ def test_priorities_are_switched_off_and_on_by_load(tmp_path: Path) -> None:
     assert type(D4PG.load(tmp_path / "without", prioritized=True).replay_buffer) is PrioritizedReplayBuffer
 
 
+def test_number_of_steps_is_that_of_load_where_the_file_has_the_buffer(tmp_path: Path) -> None:
+    small_model("d4pg").learn(15).save(tmp_path / "model", include=["replay_buffer"])
+    for n_steps, expected in ((2, 2), (None, 5)):
+        loaded = D4PG.load(tmp_path / "model", n_steps=n_steps)
+        assert loaded.n_steps == loaded.replay_buffer.n_steps == expected
+        assert loaded.replay_buffer.size() == 15
+
+
 # What is refused
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_rewards_that_are_not_finite_before_the_first_update(wrong: float) -> None:
+    model = small_model("d4pg").learn(5)
+    model.replay_buffer.rewards[2] = wrong
+    with pytest.raises(NonFiniteError, match="environment 0 gave a non-finite reward"):
+        model.train(1, 4)
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_rewards_that_are_not_finite(engine: bool) -> None:
+    model = small_model("d4pg", v_min=-10, v_max=10, engine=engine).learn(15)
+    model.replay_buffer.rewards[:] = math.nan
+    with pytest.raises(NonFiniteError, match="the parameters of the critic became non-finite"):
+        model.train(1, 4)
+
+
+@pytest.mark.parametrize("ends", [(1.0, -1.0), (math.nan, 1.0)])
+def test_a_range_that_is_none_is_refused_when_it_acts(ends: tuple[float, float]) -> None:
+    model = small_model("d4pg").learn(15)
+    model.v_min, model.v_max = ends
+    with pytest.raises(ValueError, match="v_min must be less than v_max, got v_min="):
+        model.train(1, 4)
 
 
 @pytest.mark.parametrize(
@@ -350,6 +392,8 @@ def test_priorities_are_switched_off_and_on_by_load(tmp_path: Path) -> None:
         ({"n_target_samples": 3}, "n_target_samples=3 needs distribution='mixture'"),
         ({"target_update_interval": 0}, "target_update_interval must be an integer >= 1, got 0"),
         ({"dqda_clipping": 0.0}, "dqda_clipping must be a number >= 1e-12 or None, got 0"),
+        ({"prioritized": np.ones(2)}, "prioritized must be True or False, got array"),
+        ({"distribution": np.ones(2)}, "distribution must be one of 'categorical', 'mixture', got array"),
         ({"policy_kwargs": {"n_atoms": 1}}, r"policy_kwargs\['n_atoms'\] must be an integer >= 2, got 1"),
         ({"policy_kwargs": {"n_critics": 2}}, r"policy_kwargs\['n_critics'\] must be 1, got 2"),
     ],
@@ -396,6 +440,7 @@ def test_plot_of_values(variant: str) -> None:
     assert axes.get_ylabel() == ("density" if variant == "mixture" else "probability")
     again = plot_values(model, observations[0], np.zeros(2), axes)
     assert again is axes and len(axes.lines) == 8
+    assert len(plot_values(model, observations, np.zeros(2)).lines) == 6  # one action for all
     plt.close("all")
 
 

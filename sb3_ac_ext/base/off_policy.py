@@ -113,6 +113,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         finally:
             self.n_steps = n_steps
         self._replay_buffer = buffer
+        self._hand_over(buffer)
         check_kwargs("replay_buffer_kwargs", self.replay_buffer_kwargs, self.replay_buffer_class, BUFFER_GETS)
         self._follow_exploration_noise()
         self._setup_engine()
@@ -189,6 +190,11 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
     def _shared_with(buffer_class: type[ReplayBuffer]) -> frozenset[str]:
         """The arguments that a buffer has in common with the model."""
         return SHARED_WITH_BUFFERS & arguments_of(buffer_class).keys()
+
+    def _hand_over(self, buffer: ReplayBuffer | None) -> None:
+        """Tell a buffer from a file what it has in common with the model."""
+        for name in frozenset() if buffer is None else self._shared_with(type(buffer)):
+            setattr(buffer, name, getattr(self, name))
 
     def _automatic_buffer(self) -> type[ReplayBuffer]:
         """The class of the buffer where none is given."""
@@ -314,8 +320,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
             raise ValueError(
                 f"the replay buffer holds n_envs={buffer.n_envs} environments, the model has n_envs={self.n_envs}"
             )
-        for name in frozenset() if buffer is None else self._shared_with(type(buffer)):
-            setattr(buffer, name, getattr(self, name))
+        self._hand_over(buffer)
 
     def engine_report(self) -> dict[str, str]:
         """See `TrainingMixin.engine_report`."""

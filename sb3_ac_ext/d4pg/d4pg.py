@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch as th
 from annotated_types import Interval
 from gymnasium import spaces
@@ -32,6 +33,7 @@ from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_ac_ext.base.arguments import check_float_actions, check_policy_class
 from sb3_ac_ext.base.declarations import OffPolicyArguments
+from sb3_ac_ext.base.environment_checks import check_finite
 from sb3_ac_ext.base.noise import ExplorationNoise
 from sb3_ac_ext.base.off_policy import OffPolicyMixin
 from sb3_ac_ext.base.schedules import Rate
@@ -51,11 +53,14 @@ from sb3_ac_ext.functional.categorical import (
 )
 from sb3_ac_ext.functional.gumbel import gumbel_noise
 from sb3_ac_ext.functional.losses import td_target
-from sb3_ac_ext.signatures import passed_on
+from sb3_ac_ext.signatures import check_given, passed_on
 from sb3_ac_ext.validation import Acts, ArgumentError, Needs, Positive, PositiveInt
 
 N_STEPS = 5
 """Where ``n_steps`` is not given and the replay buffer sums rewards."""
+
+READ_FIRST = ("n_steps", "optimize_memory_usage", "replay_buffer_class", "replay_buffer_kwargs", "distribution", "prioritized")
+"""Arguments that the others' defaults depend on, so they are checked before the others."""
 
 
 class D4PGArguments(OffPolicyArguments):
@@ -185,12 +190,13 @@ class D4PG(OffPolicyMixin, DDPG):
         self.dqda_clipping = dqda_clipping
         self.prioritized = prioritized
         self.priority = priority
-        if n_steps is None:
-            self.n_steps = self.replay_buffer_kwargs.get("n_steps", N_STEPS if self._sums_rewards() else 1)
         if _init_setup_model:
             self._setup_model()
 
     def _setup_model(self) -> None:
+        check_given(type(self), {name: getattr(self, name) for name in READ_FIRST})
+        if self.n_steps is None:  # by `load` too
+            self.n_steps = (self.replay_buffer_kwargs or {}).get("n_steps", N_STEPS if self._sums_rewards() else 1)
         if self.distribution != "categorical":
             self.policy_kwargs = {**self.policy_kwargs, "distribution": self.distribution}  # not in the caller's dict
         super()._setup_model()
@@ -269,7 +275,8 @@ class D4PG(OffPolicyMixin, DDPG):
         probs = critic.outputs(batch.next_observations, self.actor_target(batch.next_observations)).softmax(dim=1)
         probs = probs.type_as(batch.rewards)  # under autocast they are not
         returns = batch.rewards + discounts * critic.atoms  # (B, n_atoms)
-        beyond = (returns < critic.atoms[0]) | (returns > critic.atoms[-1])
+        margin = (critic.atoms[1] - critic.atoms[0]) / 10  # more than rounding, where the range ends at r / (1 - gamma)
+        beyond = (returns < critic.atoms[0] - margin) | (returns > critic.atoms[-1] + margin)
         return projection(probs, critic.atoms, batch.rewards, discounts), (beyond * probs).sum(dim=1)
 
     def _mixture_errors(self, batch: Transitions) -> Errors:
@@ -336,10 +343,12 @@ class D4PG(OffPolicyMixin, DDPG):
         buffer = self._replay_buffer
         if self.value_range is None and buffer is not None and buffer.size() > 0:
             rewards = buffer.rewards[: buffer.size()]
+            check_finite("reward", rewards, np.arange(buffer.n_envs), env_axis=1)
             if self._vec_normalize_env is not None:
                 rewards = self._vec_normalize_env.normalize_reward(rewards)
             self._automatic_range = [*automatic_range(rewards, self.gamma)]
         if self.value_range is not None:
+            check_range(*self.value_range, self.policy.n_atoms)  # they may have been set meanwhile
             for critic in (self.critic, self.critic_target):
                 assert isinstance(critic, CategoricalCritic)
                 critic.set_range(*self.value_range)

@@ -34,7 +34,7 @@ def plot_values(
 
     :param model: whose critic
     :param observations: ``(...)`` one or ``(B, ...)`` several, as `predict` takes them
-    :param actions: ``(A,)`` or ``(B, A)`` in the environment's range; None for the policy's
+    :param actions: ``(A,)`` for all of them or ``(B, A)`` in the environment's range; None for the policy's
     :param axes: to draw on; None makes some
     :return: the axes, with a line of each observation
     """
@@ -47,7 +47,9 @@ def plot_values(
     model.policy.set_training_mode(False)
     with th.no_grad():
         obs, _ = model.policy.obs_to_tensor(observations)
-        scaled = model.policy.scale_action(np.asarray(actions).reshape(-1, *model.action_space.shape))  # type: ignore[misc]
+        given = np.asarray(actions).reshape(-1, *model.action_space.shape)  # type: ignore[misc]  # a Box has one
+        rows = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
+        scaled = model.policy.scale_action(np.broadcast_to(given, (rows, *given.shape[1:])))
         critic = model.critic
         outputs = critic.outputs(obs, th.as_tensor(scaled, dtype=th.float32, device=model.device).flatten(1))
         means = critic.mean(outputs)[:, 0].cpu().numpy()
