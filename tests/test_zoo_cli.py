@@ -29,9 +29,8 @@ from stable_baselines3.common.save_util import load_from_pkl
 from sb3_ac_ext.signatures import arguments_of
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
-one_of_each_kind = pytest.mark.parametrize(
-    "spec", [spec for spec in ALGORITHMS if spec.name in ("td3x", "ppox")], ids=lambda spec: spec.name, indirect=True
-)
+ONE_OF_EACH_KIND = [spec for spec in ALGORITHMS if spec.name in ("td3x", "ppox")]
+one_of_each_kind = pytest.mark.parametrize("spec", ONE_OF_EACH_KIND, ids=lambda spec: spec.name, indirect=True)
 
 ENV_ID = "Pendulum-v1"  # its episodes have 200 steps
 STEPS = 1000
@@ -264,8 +263,16 @@ def test_search_in_memory(spec: AlgoSpec, train: Train, tmp_path: Path) -> None:
     assert len(trials) == 2 and any(trial["state"] == "COMPLETE" for trial in trials)
 
 
-@one_of_each_kind
-@pytest.mark.parametrize("storage", ["sqlite:///study.db", "study.log"], ids=["sqlite", "journal"])
+@pytest.mark.parametrize(
+    ("spec", "storage"),
+    [
+        pytest.param(spec, storage, id=f"{name}-{spec.name}", marks=[] if chosen else pytest.mark.slow)
+        for spec, by_default in zip(ONE_OF_EACH_KIND, ("sqlite", "journal"), strict=True)
+        for name, storage in {"sqlite": "sqlite:///study.db", "journal": "study.log"}.items()
+        for chosen in [name == by_default]
+    ],
+    indirect=["spec"],
+)
 def test_search_in_a_storage_then_train_a_trial(spec: AlgoSpec, train: Train, tmp_path: Path, storage: str) -> None:
     study = ("--storage", storage, "--study-name", "s")
     noise = OWN_NOISE if is_off_policy(spec) else {}
