@@ -36,6 +36,7 @@ from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, Ornst
 from torch import nn
 
 from sb3_ac_ext.acktr import ACKTR
+from sb3_ac_ext.buffers.prioritized import PrioritizedReplayBuffer
 from sb3_ac_ext.maddpg import MADDPG
 from sb3_ac_ext.signatures import Argument, arguments_of
 from sb3_ac_ext.validation import LARGEST, Needs, NonFiniteError, Syntax, alternatives, shown, syntax_in
@@ -113,7 +114,7 @@ OPTIMIZERS = [th.optim.Adam, th.optim.AdamW, th.optim.SGD, th.optim.RMSprop]
 EXAMPLES: dict[type, list[Any]] = {
     nn.Module: ACTIVATIONS,
     th.optim.Optimizer: OPTIMIZERS,
-    ReplayBuffer: [ReplayBuffer, OwnReplayBuffer],
+    ReplayBuffer: [ReplayBuffer, OwnReplayBuffer, PrioritizedReplayBuffer],
     RolloutBuffer: [RolloutBuffer, OwnRolloutBuffer],
     ActionNoise: [
         NormalActionNoise(np.zeros(2), 0.1 * np.ones(2)),
