@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from batches import SGD, batches, engine_on_and_off, feed, flat
 from environments import RandomEnv, ScriptedEnv
 from gymnasium import spaces
-from models import OFF_POLICY, SB3, SB3_OFF_POLICY, algorithm_class, environment, rows, small_model
+from models import OFF_POLICY, ONE_AGENT, SB3, SB3_OFF_POLICY, algorithm_class, environment, rows, small_model
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from subjects import Intervention, assert_sb3s, train
 from torch import nn
 
@@ -229,3 +232,45 @@ def test_replayed_actions_are_the_policys(row: str, deterministic: bool, matrice
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
         found.append(results[0][0].reshape(-1, *model.action_space.shape)[0])
     assert not np.allclose(found[1], found[2])
+
+
+class Broken(gym.Wrapper):
+    """Gives NaN at a step, and refuses actions that are NaN."""
+
+    def __init__(self, env: gym.Env, what: str, at: int) -> None:
+        super().__init__(env)
+        self.what, self.at, self.steps = what, at, 0
+
+    def step(self, action: Any) -> Any:
+        assert np.isfinite(action).all()
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.steps += 1
+        if self.steps == self.at:
+            obs, reward = (np.full_like(obs, np.nan), reward) if self.what == "observation" else (obs, np.nan)
+        return obs, reward, terminated, truncated, info
+
+
+class ForgivingExtractor(FlattenExtractor):
+    """Takes NaN for 0."""
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return super().forward(observations.nan_to_num())
+
+
+@rows(row for row in OFF_POLICY if row in ONE_AGENT)
+@pytest.mark.parametrize("what", ["reward", "observation"])
+@pytest.mark.parametrize("at", [5, 30], ids=["warm-up", "training"])
+def test_what_is_not_finite_is_not_stored(row: str, what: str, at: int) -> None:
+    """And the environment is named, not a network."""
+    model = small_model(row, env=make_vec_env(lambda: Broken(environment(row), what, at), 2))
+    with pytest.raises(NonFiniteError, match=f"environment [01] gave a non-finite {what}"):
+        model.learn(100)
+    assert model.num_timesteps == 2 * at
+    assert all(np.isfinite(stored).all() for stored in (model.replay_buffer.rewards, model.replay_buffer.next_observations))
+
+
+@rows(row for row in OFF_POLICY if row in ONE_AGENT)
+def test_observations_that_the_policy_knows_what_to_do_with_are_stored(row: str) -> None:
+    policy_kwargs = {"features_extractor_class": ForgivingExtractor}
+    model = small_model(row, env=Broken(environment(row), "observation", 30), policy_kwargs=policy_kwargs)
+    assert np.isnan(model.learn(60).replay_buffer.next_observations[:60]).any()

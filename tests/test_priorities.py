@@ -9,7 +9,7 @@ import torch as th
 from batches import engine_on_and_off, flat
 from environments import BOX, CONTINUOUS, DICT, RandomEnv
 from gymnasium.wrappers import TimeLimit
-from models import OFF_POLICY, algorithm_class, environment, rows, small_model
+from models import OFF_POLICY, ONE_AGENT, algorithm_class, environment, rows, small_model
 from parallel_environments import Crowd
 from stable_baselines3 import TD3
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
@@ -225,3 +225,24 @@ def test_buffers_too_small_for_the_steps_are_refused() -> None:
     env = make_vec_env(lambda: TimeLimit(RandomEnv(BOX, CONTINUOUS), 7), 4)
     with pytest.raises(ValueError, match=r"buffer_size must be at least n_steps \* n_envs = 12, got 11"):
         small_model("td3x", env=env, n_steps=3, buffer_size=11)
+
+
+@rows(row for row in OFF_POLICY if row in ONE_AGENT)
+def test_a_buffer_of_another_number_of_steps_is_refused(row: str) -> None:
+    """It may be the user's, or from a file."""
+    model = small_model(row, n_steps=3).learn(20)
+    one_step = ReplayBuffer(100, model.observation_space, model.action_space)
+    for _ in range(20):
+        one_step.add(BOX.sample(), BOX.sample(), CONTINUOUS.sample(), np.zeros(1), np.zeros(1), [{}])
+    model.replay_buffer = one_step
+    with pytest.raises(ValueError, match=r"replay_buffer must sum n_steps=3 rewards, got a ReplayBuffer that sums 1"):
+        model.train(1, 8)
+
+
+def test_arguments_of_a_buffer_that_is_in_the_file_are_refused(tmp_path: Path) -> None:
+    small_model("d4pg").learn(20).save(tmp_path / "model", include=["replay_buffer"])
+    cls = algorithm_class("d4pg")
+    for name, value in {"buffer_size": 50, "replay_buffer_kwargs": {"alpha": 0.1}, "prioritized": False}.items():
+        with pytest.raises(ValueError, match=f"{name} must be left out where the file has its replay buffer"):
+            cls.load(tmp_path / "model", **{name: value})
+    assert cls.load(tmp_path / "model").replay_buffer.size() == 20

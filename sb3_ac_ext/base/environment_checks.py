@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
@@ -27,6 +28,28 @@ def check_finite(what: str, values: Any, envs: np.ndarray, env_axis: int = 0, ca
                 f"environment {index} gave a non-finite {what} (NaN or infinite); check the environment, for instance "
                 "with stable_baselines3.common.vec_env.VecCheckNan"
             ) from cause
+
+
+def check_transition(algorithm: BaseAlgorithm, observations: Any, rewards: np.ndarray) -> None:
+    """
+    A policy may know what to do with an observation that is not finite; what it makes of it has to be finite.
+
+    :param algorithm: that is about to store a step of its environments
+    :param observations: ``(N, ...)`` what they show now
+    :param rewards: ``(N,)``
+    :raises NonFiniteError: if a reward is not finite, or the policy's action at an observation
+    """
+    envs = np.arange(algorithm.n_envs)
+    check_finite("reward", rewards, envs)
+    try:
+        check_finite("observation", observations, envs)
+    except NonFiniteError as error:
+        try:
+            actions, _ = algorithm.predict(observations, deterministic=True)
+        except ValueError:  # of SB3's distributions
+            raise error from None
+        if not np.isfinite(actions).all():
+            raise
 
 
 def check_rollout(algorithm: OnPolicyAlgorithm, buffer: RolloutBuffer, length: int) -> None:

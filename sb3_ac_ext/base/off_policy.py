@@ -30,6 +30,7 @@ from sb3_ac_ext.base.arguments import (
 )
 from sb3_ac_ext.base.checkpoint import CheckpointMixin, atomic_file, changed_by_load
 from sb3_ac_ext.base.declarations import OffPolicyArguments
+from sb3_ac_ext.base.environment_checks import check_transition
 from sb3_ac_ext.base.noise import ExplorationNoise, NoiseSchedule, ScaledNoise, check_action_noise
 from sb3_ac_ext.base.training import TrainingMixin
 from sb3_ac_ext.buffers import replay
@@ -74,6 +75,10 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
     """What may be chosen where no class is given; zips, SB3's too, have it as if it had been."""
     choosing_buffers: ClassVar[frozenset[str]] = frozenset({"n_steps"})
     """The arguments that this depends on."""
+    buffer_arguments: ClassVar[frozenset[str]] = frozenset(
+        {"buffer_size", "replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage", "prioritized"}
+    )
+    """The arguments that a buffer is made of, and does not follow."""
 
     def __init__(
         self,
@@ -105,6 +110,11 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         self.replay_buffer_class = self._buffer_class()
         # a zip saved with include=["replay_buffer"] puts the buffer beside the property
         buffer = self.__dict__.pop("replay_buffer", self._replay_buffer)
+        if buffer is not None and (useless := changed_by_load.get() & self.buffer_arguments):
+            raise ArgumentError(
+                f"{', '.join(sorted(useless))} must be left out where the file has its replay buffer, on which it has no "
+                "effect: save without include=['replay_buffer']"
+            )
         self._replay_buffer = MADE_ON_DEMAND
         n_steps, self.n_steps = self.n_steps, 1  # which SB3 would ignore with a warning where a class is given
         try:
@@ -265,6 +275,17 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
             buffer.progress_remaining = self._current_progress_remaining
         return buffer
 
+    def _check_sums(self) -> None:
+        """
+        :raises ArgumentError: if the buffer, which may be the user's, sums another number of rewards than the model
+        """
+        buffer: Any = self.replay_buffer
+        n_steps = getattr(buffer, "n_steps", self.n_steps) if "n_steps" in self._shared_with(type(buffer)) else 1
+        if n_steps != self.n_steps:
+            raise ArgumentError(
+                f"replay_buffer must sum n_steps={self.n_steps} rewards, got a {type(buffer).__name__} that sums {n_steps}"
+            )
+
     def _update_priorities(self, batch: Any, outputs: Mapping[str, th.Tensor]) -> None:
         """
         Give a prioritised buffer the errors of what it has sampled.
@@ -372,6 +393,23 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         filling = self.warmup == "noise" and self.num_timesteps < self.learning_starts
         return 1.0 if filling else noise.std(self._noise_steps)
 
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """
+        See SB3's ``OffPolicyAlgorithm``.
+
+        :raises NonFiniteError: for a reward that is not finite, and an observation of which the policy makes no finite action
+        """
+        check_transition(self, new_obs, reward)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
     def _on_step(self) -> None:
         super()._on_step()
         self._noise_steps += self.n_envs
@@ -380,6 +418,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
     def _updates(self) -> Iterator[Engine]:
         """See `TrainingMixin._updates`."""
         self._restore_random_state()
+        self._check_sums()
         with super()._updates() as engine:
             yield engine
             std = self._exploration_std()
