@@ -194,15 +194,19 @@ class D4PG(OffPolicyMixin, DDPG):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        check_given(type(self), {name: getattr(self, name) for name in READ_FIRST})
-        if self.n_steps is None:  # by `load` too
-            self.n_steps = (self.replay_buffer_kwargs or {}).get("n_steps", N_STEPS if self._sums_rewards() else 1)
+        self._choose_n_steps()
         if self.distribution != "categorical":
             self.policy_kwargs = {**self.policy_kwargs, "distribution": self.distribution}  # not in the caller's dict
         super()._setup_model()
         self._set_atoms()
 
+    def _choose_n_steps(self) -> None:
+        check_given(type(self), {name: getattr(self, name) for name in READ_FIRST})
+        if self.n_steps is None:  # by `load` too
+            self.n_steps = (self.replay_buffer_kwargs or {}).get("n_steps", N_STEPS if self._sums_rewards() else 1)
+
     def _check_arguments(self) -> None:
+        self._choose_n_steps()
         check_policy_class(self, MlpPolicy)
         super()._check_arguments()
         check_float_actions(self.action_space)

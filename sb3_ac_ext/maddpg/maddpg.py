@@ -186,14 +186,14 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         return JointReplayBuffer
 
     def _check_buffer(self, buffer_class: type[ReplayBuffer]) -> None:
-        if self.n_steps > 1:
-            raise UnsupportedError(f"n_steps must be 1 (agents may end at different steps), got {self.n_steps}")
         if not issubclass(buffer_class, JointReplayBuffer):
             name = f"{JointReplayBuffer.__module__}.JointReplayBuffer"
             raise UnsupportedError(
                 f"replay_buffer_class must be None or derived from {name}, which knows each agent's rewards, got "
                 f"{buffer_class}"
             )
+        if self.n_steps > 1:
+            raise UnsupportedError(f"n_steps must be 1 (agents may end at different steps), got {self.n_steps}")
         super()._check_buffer(buffer_class)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
