@@ -192,7 +192,7 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
                 f"replay_buffer_class must be None or derived from {name}, which knows each agent's rewards, got "
                 f"{buffer_class}"
             )
-        if self.n_steps > 1:
+        if self.n_steps > 1 and not self.optimize_memory_usage:  # which it does not go with anywhere
             raise UnsupportedError(f"n_steps must be 1 (agents may end at different steps), got {self.n_steps}")
         super()._check_buffer(buffer_class)
 
