@@ -193,6 +193,19 @@ def agents_learning(cls: Any, kwargs: dict[str, Any]) -> Block:
     return lambda: model.learn(500, reset_num_timesteps=False)
 
 
+def constructions(cls: Any, kwargs: dict[str, Any]) -> Block:
+    """A model with small networks and default arguments, 20 times."""
+    env = gym.make("Pendulum-v1")
+    own: dict[str, Any] = {"policy_kwargs": {"net_arch": [16, 16]}, "seed": 0, "device": "cpu"}
+    own |= {} if issubclass(cls, OnPolicyAlgorithm) else {"buffer_size": 100}
+
+    def block() -> None:
+        for _ in range(20):
+            cls("MlpPolicy", env, **own)
+
+    return block
+
+
 def predictions(net_arch: list[int]) -> Prepare:
     """``predict()`` of one observation."""
 
@@ -300,6 +313,7 @@ TASKS = (
     Task("learn(), as in the Zoo", "ms", 8192, rollouts_as_the_zoo, ON),
     Task("learn(), an update a step", "ms", 500, steps_with_updates, ("AC",)),
     Task("an update of 160 samples", "ms", 50, natural_updates, ("ACKTR",)),
+    Task("construction", "ms", 20, constructions, ("PPOX", "TRPOX", "TD3X", "DDPGX", "SACX")),
     Task("predict() [64, 64]", "us", 500, predictions([64, 64]), ON + OFF),
     Task("predict() [400, 300]", "us", 500, predictions([400, 300]), ON + OFF),
 )

@@ -226,7 +226,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         total = tree.result
         if total == 0:
             raise RuntimeError(f"{type(self).__name__} has nothing to be drawn: its size is {self.size()}")
-        return tree.find((np.arange(batch_size) + np.random.random(batch_size)) * (total / batch_size))  # noqa: NPY002
+        return tree.find((np.arange(batch_size) + np.random.random(batch_size)) * (total / batch_size))  # noqa: NPY002 (SB3's stream)
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> PrioritizedSamples:  # type: ignore[override]
         envs = np.random.randint(0, high=self.n_envs, size=(len(batch_inds),))  # noqa: NPY002 (SB3's stream)
