@@ -165,7 +165,7 @@ class Engine(Recorder):
         if self._norms is not None:  # a function of a function
             return Outputs(function(batch, *options) or {}, shared=False)
         self._updates += 1
-        kind = self._kind(function, batch, options, wait=0)
+        kind = self._kind(function, batch, options, wait=WARM_UP if self.device.type == "cuda" else 0)
         if kind.recording is not None and kind.look != self._look:
             self._look_at(kind)
         with self.lock if not kind.verified else nullcontext():

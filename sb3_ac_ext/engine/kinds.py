@@ -8,7 +8,7 @@ from sb3_ac_ext.engine.guard import Guard
 from sb3_ac_ext.engine.recording import Recording, Values
 
 WARM_UP = 3
-"""Times that a function that changes nothing runs for batches of one kind before it is recorded."""
+"""Times that a function runs for batches of one kind before it is recorded, if it changes nothing, or on a GPU."""
 PATIENCE = 2
 """Changes of what a recording depends on after which the function is recorded again at once."""
 LONGEST_WAIT = 100

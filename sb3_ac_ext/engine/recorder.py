@@ -2,8 +2,9 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -59,6 +60,7 @@ class Recorder(Closed):
     ) -> None:
         self._owner, self._make_networks = owner, networks
         self.enabled, self.device = enabled, th.device(device)
+        self._stream = stream_of(self.device)
         self.networks: Mapping[str, Network] = {}
         self._kinds: OrderedDict[Hashable, Kind] = OrderedDict()
         self._plain: dict[str, str] = {}
@@ -77,10 +79,11 @@ class Recorder(Closed):
         self.lock = threading.RLock()  # of whoever records; an owner with locks of its own takes this one first
 
     def _call(self, function: Function, batch: tuple[Any, ...], options: tuple[Hashable, ...]) -> Values:
-        """The function, and what is logged of it."""
+        """The function, and what is logged of it; on a GPU in a stream of its own, as graphs are recorded in one."""
         self._norms, self._called = {}, None
         try:
-            outputs = function(batch, *options) or {}
+            with side_stream(self._stream):
+                outputs = function(batch, *options) or {}
             for name, value in outputs.items():
                 if not isinstance(value, th.Tensor):
                     raise TypeError(f"the output {name!r} of {function.__name__} must be a tensor, got {value!r}")
@@ -222,7 +225,7 @@ class Recorder(Closed):
         try:
             with noted_reads(self._owner, reads.setdefault):
                 if self.device.type == "cuda":
-                    graph = Graph(run)
+                    graph = Graph(run, self._stream)
                     replay: Replay | Graph = graph
                     outputs = graph.outputs
                     if tape.operations:
@@ -288,6 +291,30 @@ class Recorder(Closed):
         recorded = [kind for kind in self._kinds.values() if kind.recording is not None]
         for kind in recorded[:-MOST_RECORDINGS]:
             kind.forget("others were used later", WARM_UP)
+
+
+@cache
+def stream_of(device: th.device) -> Any:
+    """
+    :param device: any
+    :return: the stream of all engines there, as networks may have several; None if it is no GPU
+    """
+    return th.cuda.Stream(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def side_stream(stream: Any) -> Iterator[None]:
+    """
+    :param stream: that waits for what was begun before, and is waited for; None for none
+    """
+    if stream is None or th.cuda.current_stream() == stream:
+        yield
+        return
+    outside = th.cuda.current_stream()
+    stream.wait_stream(outside)
+    with th.cuda.stream(stream):
+        yield
+    outside.wait_stream(stream)
 
 
 def _copies(*parts: Sequence[th.Tensor]) -> list[list[th.Tensor]]:

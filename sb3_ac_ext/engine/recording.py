@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from torch import nn
+from torch.distributions import Distribution
 
 from sb3_ac_ext.engine.memory import bytes_used, plan
 from sb3_ac_ext.engine.network import is_adam
@@ -110,22 +111,36 @@ class Graph:
     """
     What a function did on a GPU, as a CUDA graph.
 
+    PyTorch's distributions do not look at their arguments meanwhile, as nothing can be read from the GPU then.
+
     :param function: without arguments; it has run a few times
+    :param stream: that it has run in, as what autograd keeps of that belongs there
+    :raises RefusedError: if it waits for the GPU, or does something else that no graph can have
     """
 
-    def __init__(self, function: Callable[[], Values]) -> None:
-        self._graph, stream = th.cuda.CUDAGraph(), th.cuda.Stream()
+    def __init__(self, function: Callable[[], Values], stream: th.cuda.Stream) -> None:
+        self._graph = th.cuda.CUDAGraph()
         self.bytes, self.draws = 0, True
-        stream.wait_stream(th.cuda.current_stream())
+        validates = Distribution._validate_args
+        Distribution.set_default_validate_args(False)
         try:
             with th.cuda.graph(self._graph, stream=stream):
-                self.outputs = function()
+                self.outputs = {name: value.detach() for name, value in function().items()}
         except RuntimeError as error:
-            raise RefusedError(str(error)) from error
+            _end_capture(stream)
+            raise RefusedError(str(error).partition("\n")[0]) from error
+        finally:
+            Distribution.set_default_validate_args(validates)
 
     def __call__(self) -> None:
         """Do it again."""
         self._graph.replay()
+
+
+def _end_capture(stream: th.cuda.Stream) -> None:
+    """Random generators go on capturing after a capture has failed, until the end of one that has not."""
+    with th.cuda.graph(th.cuda.CUDAGraph(), stream=stream):
+        th.zeros(1, device="cuda").normal_()
 
 
 class Recording:
