@@ -9,7 +9,7 @@ episode's last one where it ended, not of the next episode's first.
 import torch as th
 
 
-def reverse_scan(delta: th.Tensor, decay: th.Tensor) -> th.Tensor:
+def reverse_scan(delta: th.Tensor, decay: th.Tensor, largest: float | None = None) -> th.Tensor:
     """
     x[t] = delta[t] + decay[t] * x[t + 1], with x[T] = 0.
 
@@ -17,12 +17,16 @@ def reverse_scan(delta: th.Tensor, decay: th.Tensor) -> th.Tensor:
 
     :param delta: ``(T, N)`` what each step adds
     :param decay: ``(T, N)`` what is kept of the sum behind it
+    :param largest: bound of the absolute values of the sums and of the products of decays, for decays above 1: what has
+        overflowed would be NaN and not 0 before a decay of 0; None where no decay is above 1
     :return: ``(T, N)`` the sums
     """
     total, reach = delta, 1
     while reach < len(delta):
         total = th.cat([total[:-reach] + decay[: len(delta) - reach] * total[reach:], total[-reach:]])
         decay = decay[:-reach] * decay[reach:]  # of as many steps as are in the sums
+        if largest is not None:
+            total, decay = total.clamp(-largest, largest), decay.clamp(-largest, largest)
         reach *= 2
     return total
 
