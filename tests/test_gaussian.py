@@ -7,7 +7,12 @@ import torch as th
 from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
-from sb3_ac_ext.functional.gaussian import gaussian_log_prob, log_squash_slope, squashed_gaussian
+from sb3_ac_ext.functional.gaussian import (
+    gaussian_log_prob,
+    log_squash_slope,
+    squashed_gaussian,
+    squashed_gaussian_log_prob,
+)
 
 
 def parameters(rows: int = 50, dim: int = 3, scale: float = 1.0) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
@@ -76,3 +81,24 @@ def test_slope_of_tanh_stays_finite_where_it_rounds_to_zero(dtype: th.dtype) -> 
     slope.sum().backward()
     assert u.grad is not None
     assert u.grad[0].tolist() == pytest.approx([-2 * math.tanh(x) for x in u[0].tolist()], abs=1e-6)
+
+
+def test_density_of_a_given_action() -> None:
+    """By hand, of a drawn one, and by PyTorch."""
+    by_hand = squashed_gaussian_log_prob(*(th.tensor([[x]], dtype=th.float64) for x in (0.5, 0.3, math.log(0.5))))
+    assert by_hand.item() == pytest.approx(-0.06241639, abs=1e-8)
+    mean, log_std, noise = parameters()
+    action, log_prob = squashed_gaussian(mean, log_std, noise)
+    th.testing.assert_close(squashed_gaussian_log_prob(action, mean, log_std), log_prob, rtol=0, atol=1e-8)
+    distribution = TransformedDistribution(Independent(Normal(mean, log_std.exp()), 1), TanhTransform())
+    expected = distribution.log_prob(action)[:, None]
+    th.testing.assert_close(squashed_gaussian_log_prob(action, mean, log_std), expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
+def test_density_at_the_bounds_is_that_of_the_nearest_action_inside(dtype: th.dtype) -> None:
+    mean = th.tensor([[0.5, -0.2]], dtype=dtype, requires_grad=True)
+    bounds, inside = th.tensor([[1.0, -1.0]], dtype=dtype), 1 - th.finfo(dtype).eps
+    log_prob = squashed_gaussian_log_prob(bounds, mean, 0 * mean)
+    assert log_prob.isfinite() and th.equal(log_prob, squashed_gaussian_log_prob(inside * bounds, mean, 0 * mean))
+    assert th.autograd.grad(log_prob, mean)[0].isfinite().all()

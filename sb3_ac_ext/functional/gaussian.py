@@ -49,3 +49,17 @@ def squashed_gaussian(
     action = th.tanh(u)
     slope = th.log(1 - action.square() + epsilon) if epsilon else log_squash_slope(u)
     return action, gaussian_log_prob(noise, log_std) - slope.sum(dim=1, keepdim=True)
+
+
+def squashed_gaussian_log_prob(action: th.Tensor, mean: th.Tensor, log_std: th.Tensor) -> th.Tensor:
+    """
+    Log-density of a given action under the exact squashed Gaussian, see `squashed_gaussian`.
+
+    :param action: ``(B, A)`` in [-1, 1]; at a bound, where the density has none, that of the nearest number inside
+    :param mean: ``(B, A)`` of the Gaussian
+    :param log_std: ``(B, A)`` logarithm of its standard deviation
+    :return: ``(B, 1)`` in nats, per unit of the action scaled to [-1, 1]
+    """
+    largest = 1 - th.finfo(action.dtype).eps
+    u = th.atanh(action.clamp(-largest, largest))
+    return gaussian_log_prob((u - mean) / log_std.exp(), log_std) - log_squash_slope(u).sum(dim=1, keepdim=True)
