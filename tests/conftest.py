@@ -1,10 +1,13 @@
 """What several test modules share: commands in their own process, because that is how RL Zoo is used."""
 
+import gc
 import os
 import random
+import secrets
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,11 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     """The seed, so that it can be given again."""
     seed = config.option.fuzz_seed
     return None if seed is None else f"fuzz: --fuzz {config.option.fuzz or 200} --fuzz-seed {seed}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Few tests that take long come first, or one process works at them when the others have nothing left to do."""
+    items.sort(key=lambda item: item.path.name not in ("test_zoo_cli.py", "test_hook.py"))
 
 
 @pytest.fixture(scope="session", params=ALGORITHMS, ids=lambda spec: spec.name)
@@ -76,3 +84,19 @@ def python() -> Command:
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def ray() -> Iterator[Any]:
+    """Ray on this machine, one for all tests; with a token of its own, as it would leave one in the user's home."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex())
+        patch.setenv("RAY_AUTH_MODE", "token")  # as Ray itself sets it for its processes, where it finds none
+        patch.delenv("RAY_AUTH_MODE")
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield ray
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # it does not wait for what it ends
+            ray.shutdown()
+            gc.collect()

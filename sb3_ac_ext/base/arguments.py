@@ -165,9 +165,10 @@ def check_buffer(model: Any, kind: type[ReplayBuffer]) -> None:
             "optimize_memory_usage=True cannot tell truncation from termination: add "
             f"replay_buffer_kwargs={{'handle_timeout_termination': False}}, got {model.replay_buffer_kwargs!r}"
         )
-    if model.buffer_size < model.n_steps * model.n_envs:
+    if model.buffer_size < model.n_steps * model.stored_envs:
+        product = "n_steps * n_envs" + ("" if model.stored_envs == model.n_envs else " * n_actors")
         raise ArgumentError(
-            f"buffer_size must be at least n_steps * n_envs = {model.n_steps * model.n_envs}, got {model.buffer_size}"
+            f"buffer_size must be at least {product} = {model.n_steps * model.stored_envs}, got {model.buffer_size}"
         )
     of_dicts = isinstance(model.observation_space, spaces.Dict)
     if issubclass(kind, DictReplayBuffer) and not of_dicts:

@@ -154,6 +154,11 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         made = {} if self._noise is None else {"action_noise": None}
         return {**super()._arguments(), **made}
 
+    @property
+    def stored_envs(self) -> int:
+        """Environments whose steps the replay buffer holds."""
+        return self.n_envs
+
     # The buffer is made when training or the user first asks for it: a model loaded to predict needs none.
 
     @property
@@ -243,7 +248,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
                 self.observation_space,
                 self.action_space,
                 device=self.device,
-                n_envs=self.n_envs,
+                n_envs=self.stored_envs,
                 optimize_memory_usage=self.optimize_memory_usage,
                 **kwargs,
             )
@@ -264,7 +269,7 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         discounts = discounts if batch.discounts is None else batch.discounts
         return Transitions(
             *(batch.observations, batch.actions, batch.next_observations, batch.dones, batch.rewards, discounts),
-            **{name: getattr(batch, name) for name in ("weights", "indices", "versions") if hasattr(batch, name)},
+            **{name: getattr(batch, name) for name in ("weights", "indices", "versions", "log_probs") if hasattr(batch, name)},
         )
 
     def _prepared(self, buffer: ReplayBuffer) -> ReplayBuffer:
@@ -336,10 +341,11 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
         """
         super().load_replay_buffer(path, truncate_last_traj)
         buffer = self._replay_buffer
-        if buffer is not None and buffer.n_envs != self.n_envs:
+        if buffer is not None and buffer.n_envs != self.stored_envs:
             self._replay_buffer = None
+            times = "" if self.stored_envs == self.n_envs else f" times n_actors={self.stored_envs // self.n_envs}"
             raise ValueError(
-                f"the replay buffer holds n_envs={buffer.n_envs} environments, the model has n_envs={self.n_envs}"
+                f"the replay buffer holds n_envs={buffer.n_envs} environments, the model has n_envs={self.n_envs}{times}"
             )
         self._hand_over(buffer)
 

@@ -12,7 +12,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution, StateDependentNoiseDistribution
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
@@ -158,7 +158,7 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
                 self._reset_noise()
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # for callbacks, as the others
             actions, values, log_probs = self._forward(self._last_obs)
-            clipped_actions = self._within_bounds(actions)
+            clipped_actions = within_bounds(self.policy, actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             dones = dones.astype(bool)  # a copy, of flags or numbers
             self.num_timesteps += env.num_envs
@@ -237,16 +237,6 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         """Whether a rollout of episodes is complete once ``(N,)`` of them have ended."""
         return bool(finished.sum() >= int(self.rollout_episodes))
 
-    def _within_bounds(self, actions: np.ndarray) -> np.ndarray:
-        """What the environments get for the distribution's actions."""
-        space = self.action_space
-        if not isinstance(space, spaces.Box):
-            return actions
-        if self.policy.squash_output:
-            return np.asarray(self.policy.unscale_action(actions))
-        within: np.ndarray = np.minimum(np.maximum(actions, space.low), space.high)  # np.clip, in a fifth of its time
-        return within
-
     def _estimate(self, buffer: RolloutBuffer, last_values: th.Tensor, dones: np.ndarray) -> None:
         """Advantages and returns of the rollout, by the buffer itself where it is of another class than SB3's."""
         discounts = float(self.gamma), float(self.gae_lambda)
@@ -282,19 +272,13 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         :param value: whether V is
         :return: what the policy says of them now
         """
-        values: Any = None
-        log_prob: Any = None
-        entropy: Any = None
         if policy and value:
-            values, log_prob, entropy = self.policy.evaluate_actions(samples.observations, samples.actions)
-        elif policy:
+            return evaluation(self.policy, samples)
+        if policy:
             distribution = self.policy.get_distribution(samples.observations)
             log_prob, entropy = distribution.log_prob(samples.actions), distribution.entropy()
-        else:
-            values = self.policy.predict_values(samples.observations)
-        if policy and entropy is None:
-            entropy = -log_prob
-        return Evaluation(None if values is None else values.flatten(), log_prob, entropy)
+            return Evaluation(None, log_prob, -log_prob if entropy is None else entropy)
+        return Evaluation(self.policy.predict_values(samples.observations).flatten(), None, None)
 
     @th.no_grad()
     def _over(self, samples: Samples, of: Callable[[Samples], th.Tensor]) -> th.Tensor:
@@ -326,9 +310,8 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         except NonFiniteError as error:
             self._check_observations(error)
             raise
-        if isinstance(distribution := getattr(self.policy, "action_dist", None), Distribution):
-            with self._acting_lock:
-                vars(distribution)["distribution"] = None  # a graph hangs on it, which cannot be copied with the policy
+        with self._acting_lock:
+            forget_distribution(self.policy)
         self._record_explained_variance()
         if isinstance(log_std := getattr(self.policy, "log_std", None), th.Tensor):
             self.logger.record("train/std", log_std.detach().exp().mean().item())
@@ -391,6 +374,39 @@ def _detach(noise: StateDependentNoiseDistribution) -> None:
     """Leave the graph behind gSDE's first noise, which cannot be copied with the policy."""
     noise.exploration_mat, noise.exploration_matrices = noise.exploration_mat.detach(), noise.exploration_matrices.detach()
     noise.weights_dist = Normal(noise.weights_dist.loc, noise.weights_dist.scale.detach())
+
+
+def evaluation(policy: ActorCriticPolicy, samples: Any) -> Evaluation:
+    """
+    :param policy: any
+    :param samples: B observations and actions
+    :return: what it says of them now
+    """
+    values, log_prob, entropy = policy.evaluate_actions(samples.observations, samples.actions)
+    return Evaluation(values.flatten(), log_prob, -log_prob if entropy is None else entropy)
+
+
+def forget_distribution(policy: BasePolicy) -> None:
+    """
+    :param policy: loses the distribution of its last actions, on which a graph may hang that cannot be copied with it
+    """
+    if isinstance(distribution := getattr(policy, "action_dist", None), Distribution):
+        vars(distribution)["distribution"] = None
+
+
+def within_bounds(policy: BasePolicy, actions: np.ndarray) -> np.ndarray:
+    """
+    :param policy: that has given the actions
+    :param actions: ``(N, ...)`` as its distribution has them
+    :return: ``(N, ...)`` what the environments get for them
+    """
+    space = policy.action_space
+    if not isinstance(space, spaces.Box):
+        return actions
+    if policy.squash_output:
+        return np.asarray(policy.unscale_action(actions))
+    within: np.ndarray = np.minimum(np.maximum(actions, space.low), space.high)  # np.clip, in a fifth of its time
+    return within
 
 
 def truncated(dones: np.ndarray, infos: list[dict[str, Any]]) -> Iterator[tuple[int, Any]]:

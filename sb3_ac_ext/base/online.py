@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ac_ext.base.declarations import OnPolicyArguments
 from sb3_ac_ext.base.environment_checks import check_rollout, locate_non_finite
-from sb3_ac_ext.base.on_policy import OnPolicyMixin
+from sb3_ac_ext.base.on_policy import OnPolicyMixin, within_bounds
 
 ROLLOUT = 500
 """Steps between two looks at the learning rates, at whether everything is finite, and the log: what costs more than a step."""
@@ -69,7 +69,7 @@ class OnlineMixin(OnPolicyMixin):
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # for callbacks, as the others
             actions = self._forward(self._last_obs)[0] if next_actions is None else next_actions
             self._check_actions(actions)
-            clipped_actions = self._within_bounds(actions)
+            clipped_actions = within_bounds(self.policy, actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             dones = dones.astype(bool)  # a copy, of flags or numbers
             self.num_timesteps += env.num_envs
