@@ -14,9 +14,10 @@ D4PG (Barth-Maron et al. 2018, "Distributed Distributional Deterministic Policy 
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from annotated_types import Interval
@@ -31,14 +32,14 @@ from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from stable_baselines3.td3.policies import TD3Policy
 
+from sb3_ac_ext.actors.off_policy import OffPolicyActorsMixin
 from sb3_ac_ext.base.arguments import check_float_actions, check_policy_class
-from sb3_ac_ext.base.declarations import OffPolicyArguments
 from sb3_ac_ext.base.environment_checks import check_finite
 from sb3_ac_ext.base.noise import ExplorationNoise
-from sb3_ac_ext.base.off_policy import OffPolicyMixin
 from sb3_ac_ext.base.schedules import Rate
 from sb3_ac_ext.buffers.prioritized import PrioritizedDictReplayBuffer, PrioritizedReplayBuffer
 from sb3_ac_ext.buffers.replay import Transitions
+from sb3_ac_ext.d4pg.arguments import N_STEPS, READ_FIRST, D4PGArguments
 from sb3_ac_ext.d4pg.networks import CategoricalCritic, DistributionalCritic, MixtureCritic
 from sb3_ac_ext.d4pg.policies import N_ATOMS, CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_ac_ext.d4pg.value_range import CLIPPED_UPDATES, MOST_CLIPPED, Return, automatic_range, check_range, least_width
@@ -56,23 +57,6 @@ from sb3_ac_ext.functional.losses import td_target
 from sb3_ac_ext.signatures import check_given, passed_on
 from sb3_ac_ext.validation import Acts, ArgumentError, Needs, Positive, PositiveInt
 
-N_STEPS = 5
-"""Where ``n_steps`` is not given and the replay buffer sums rewards."""
-
-READ_FIRST = ("n_steps", "optimize_memory_usage", "replay_buffer_class", "replay_buffer_kwargs", "distribution", "prioritized")
-"""Arguments that the others' defaults depend on, so they are checked before the others."""
-
-
-class D4PGArguments(OffPolicyArguments):
-    """
-    What D4PG declares otherwise.
-
-    :param n_steps: n, rewards summed before bootstrapping; None for 5, and for 1 with a replay buffer that does not sum
-        (``HerReplayBuffer``, Dict observations without priorities, ``optimize_memory_usage``)
-    """
-
-    n_steps: Annotated[PositiveInt | None, Acts.NEVER]  # type: ignore[assignment]  # None too
-
 
 class Errors(NamedTuple):
     """What the critic's update gives."""
@@ -85,11 +69,12 @@ class Errors(NamedTuple):
     """Whose means are logged."""
 
 
-class D4PG(OffPolicyMixin, DDPG):
+class D4PG(OffPolicyActorsMixin, DDPG):
     """
     DDPG with a critic that gives the distribution of the return, n-step returns and prioritised replay.
 
-    Differences from the paper: the actors are the environments of a ``VecEnv``; the critic steps before the actor's gradient
+    Differences from the paper: all actors take as many steps as each other between updates, and by default there is only one,
+    with any number of environments; the critic steps before the actor's gradient
     is taken, as in SB3's DDPG; truncated episodes bootstrap at their last observation, after fewer than n steps; SB3's
     layers of 400 and 300. Defaults are those of DeepMind's Acme, except that there is one update per environment step
     instead of one per eight, that replay is prioritised, and that there is no noise unless it is asked for, as with SB3: Acme
@@ -131,8 +116,8 @@ class D4PG(OffPolicyMixin, DDPG):
     policy: MlpPolicy
     critic: DistributionalCritic
     critic_target: DistributionalCritic
-    automatic_buffers = (*OffPolicyMixin.automatic_buffers, PrioritizedReplayBuffer, PrioritizedDictReplayBuffer)
-    choosing_buffers = OffPolicyMixin.choosing_buffers | {"prioritized"}
+    automatic_buffers = (*OffPolicyActorsMixin.automatic_buffers, PrioritizedReplayBuffer, PrioritizedDictReplayBuffer)
+    choosing_buffers = OffPolicyActorsMixin.choosing_buffers | {"prioritized"}
     _automatic_range: list[float] | None = None
     """v_min and v_max as they were derived, saved with the model."""
     _clipped = 0.0
@@ -177,6 +162,12 @@ class D4PG(OffPolicyMixin, DDPG):
         max_grad_norm: float | dict[str, float] | None = 40.0,
         exploration_noise: ExplorationNoise | None = None,
         warmup: Literal["uniform", "noise"] = "uniform",
+        actors: Literal["inline", "ray"] = "inline",
+        n_actors: int = 1,
+        max_policy_lag: int | None = None,
+        ray_address: str | None = None,
+        actor_resources: dict[str, float] | None = None,
+        actor_env_fn: Callable[..., gym.Env[Any, Any]] | None = None,
         engine: bool = True,
     ) -> None:
         super().__init__(**passed_on(D4PG, locals()), _init_setup_model=False)
@@ -228,6 +219,11 @@ class D4PG(OffPolicyMixin, DDPG):
             "critic": self._network("critic", critic, critic.optimizer, self.critic_target, rate=self.critic_learning_rate),
             "actor": self._network("actor", actor, actor.optimizer, self.actor_target, rate=self.actor_learning_rate),
         }
+
+    @property
+    def _acting(self) -> Any:
+        """The actor network alone, unless the policy is one that acts in its own way."""
+        return self.actor if type(self.policy)._predict is TD3Policy._predict else self.policy
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """
