@@ -87,7 +87,7 @@ def test_weights_enter_the_loss(row: str) -> None:
         options = () if row == "ddpgx" else (False,)
         outputs = model._engine.run_plainly(model._update, type(whole)(*parts), *options)
         losses.append(outputs["critic_loss"].item())
-    if row != "sacx":  # whose actions are draws
+    if row not in ("sacx", "opac"):  # whose actions are draws
         assert losses[0] == pytest.approx(losses[1] / 8, rel=1e-4)
     assert losses[0] < losses[1]
 

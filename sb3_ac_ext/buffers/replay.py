@@ -29,6 +29,8 @@ class Transitions(NamedTuple):
     """``(B,)`` where the transitions are in that buffer."""
     versions: np.ndarray | None = None
     """``(B,)`` how often these places had been written to."""
+    log_probs: th.Tensor | None = None
+    """``(B, 1)`` of the actions when they were taken, if the buffer stores them."""
 
 
 def obstacle(buffer: ReplayBuffer | type[ReplayBuffer] | None, normalizer: Any) -> str | None:
