@@ -12,6 +12,9 @@ import torch as th
 import torch.multiprocessing  # registers how tensors are sent to processes
 from models import (
     BY_ADAM,
+    BY_KFAC,
+    BY_SEGMENTS,
+    CHOOSING,
     CRITICS,
     EVERY,
     OFF_POLICY,
@@ -20,6 +23,7 @@ from models import (
     SB3,
     SB3_OFF_POLICY,
     SB3_ON_POLICY,
+    TRAINED_STD,
     VARIANTS,
     WITH_ALPHA,
     Fading,
@@ -171,13 +175,15 @@ def number(
 
 REMEMBERING = tuple(row for row in EVERY if row != "ac")
 """Rows that learn from more than the last step."""
+WITH_BUFFERS = tuple(row for row in REMEMBERING if row not in BY_SEGMENTS)
+"""Rows that learn from what a buffer of SB3's holds."""
 SMOOTHED = (("target_policy_noise", 0.5),)
 TWICE = (("gradient_steps", 2),)
 
 number("tau", 0.01, 0.3, taking("tau"))
-number("gamma", 0.99, 0.5, EVERY, arrays=REMEMBERING, sb3=SB3_OFF_POLICY)
+number("gamma", 0.99, 0.5, EVERY, arrays=WITH_BUFFERS, sb3=SB3_OFF_POLICY)
 number("gae_lambda", 0.95, 0.3, taking("gae_lambda"), arrays=taking("gae_lambda"), sb3=())
-number("ent_coef", 0.0, 0.5, ON_POLICY)
+number("ent_coef", 0.0, 0.5, CHOOSING)
 number("vf_coef", 0.5, 2.0, taking("vf_coef", "clip_range"))
 number("max_grad_norm", 0.5, 1e-3, tuple(row for row in taking("max_grad_norm") if row in ON_POLICY))
 number("target_kl", 100.0, 1e-5, taking("target_kl"), tensors=False)
@@ -458,6 +464,9 @@ def spectral_norm(subject: Subject) -> None:
     targets = [subject.model.critic_target.qf0[0]] if subject.row in OFF_POLICY else []
     for layer in (subject.layer("critic"), *targets):
         parametrizations.spectral_norm(layer)
+    if subject.row == "acer":  # whose average policy has the parameters of the policy
+        subject.model.average_policy = copy.deepcopy(subject.model.policy)
+        subject.model.average_policy.set_training_mode(False)
 
 
 @intervention()
@@ -584,7 +593,7 @@ def replace_optimizers(subject: Subject, make: Callable[..., th.optim.Optimizer]
 
 @intervention()
 def rms_prop(subject: Subject) -> None:
-    replace_optimizers(subject, th.optim.RMSprop)
+    replace_optimizers(subject, lambda parameters, lr: th.optim.RMSprop(parameters, lr, eps=1e-2))
 
 
 @intervention()
@@ -803,12 +812,12 @@ def negate_rewards(subject: Subject, in_place: bool) -> None:
     setattr(buffer, name, np.negative(rewards, out=rewards if in_place else None))
 
 
-@intervention(rows=REMEMBERING, turns=2)
+@intervention(rows=WITH_BUFFERS, turns=2)
 def rewards_edited(subject: Subject) -> None:
     negate_rewards(subject, in_place=True)
 
 
-@intervention(rows=REMEMBERING, turns=2)
+@intervention(rows=WITH_BUFFERS, turns=2)
 def rewards_replaced(subject: Subject) -> None:
     negate_rewards(subject, in_place=False)
 
@@ -848,19 +857,19 @@ def log_std_moved(subject: Subject) -> None:
     subject.model.policy.log_std.data = subject.model.policy.log_std.data.clone()
 
 
-@intervention(rows=ON_POLICY)
+@intervention(rows=TRAINED_STD)
 def log_std_replaced(subject: Subject) -> None:
     old = subject.model.policy.log_std
     subject.model.policy.log_std = nn.Parameter(old.detach() - 1)
     subject.trains(old, subject.model.policy.log_std)
 
 
-@intervention(rows=ON_POLICY, sb3=())
+@intervention(rows=TRAINED_STD, sb3=())
 def log_std_replaced_by_one_that_is_not_trained(subject: Subject) -> None:
     subject.model.policy.log_std = nn.Parameter(subject.model.policy.log_std.detach() - 1)
 
 
-@intervention(rows=ON_POLICY)
+@intervention(rows=TRAINED_STD)
 def frozen_log_std(subject: Subject) -> None:
     subject.model.policy.log_std.requires_grad_(False)
 
@@ -922,13 +931,13 @@ def bent(density: Callable[..., th.Tensor]) -> Callable[..., th.Tensor]:
     return replacement
 
 
-@intervention(rows=ON_POLICY)
+@intervention(rows=CHOOSING)
 def density_of_the_distribution(subject: Subject) -> None:
     distribution = subject.model.policy.action_dist
     distribution.log_prob = bent(distribution.log_prob)
 
 
-@intervention(rows=ON_POLICY)
+@intervention(rows=CHOOSING)
 def density_of_the_distributions_class(subject: Subject) -> None:
     patched(subject, DiagGaussianDistribution, "log_prob", bent(DiagGaussianDistribution.log_prob))
 
@@ -938,12 +947,12 @@ def class_of_the_distribution(subject: Subject) -> None:
     subject.model.policy.action_dist.__class__ = Wide
 
 
-@intervention(rows=ON_POLICY)
+@intervention(rows=CHOOSING)
 def forward_of_the_policy(subject: Subject) -> None:
     subject.model.policy.forward = scaled(subject.model.policy.forward)
 
 
-@intervention(rows=ON_POLICY)
+@intervention(rows=CHOOSING)
 def forward_of_the_policys_class(subject: Subject) -> None:
     cls = type(subject.model.policy)
     patched(subject, cls, "forward", scaled(cls.forward))
@@ -954,7 +963,7 @@ def values_of_the_policy(subject: Subject) -> None:
     subject.model.policy.predict_values = scaled(subject.model.policy.predict_values)
 
 
-EVALUATING = tuple(row for row in ON_POLICY if row != "trpox")
+EVALUATING = tuple(row for row in CHOOSING if row != "trpox")
 """Rows that ask for values and densities at once."""
 
 
@@ -985,13 +994,13 @@ def class_of_a_head(subject: Subject) -> None:
     layer.__class__ = type("Scaled", (type(layer),), {"forward": scaled(type(layer).forward)})
 
 
-@intervention(rows=ON_POLICY)
+@intervention(rows=CHOOSING)
 def class_of_the_acting_policy(subject: Subject) -> None:
     policy = subject.model.policy
     policy.__class__ = type("Scaled", (type(policy),), {"forward": scaled(type(policy).forward)})
 
 
-@intervention(rows=tuple(row for row in ON_POLICY if row in BY_ADAM), **COMPILED)
+@intervention(rows=tuple(row for row in ON_POLICY if row not in BY_KFAC), **COMPILED)
 def compiled_evaluation(subject: Subject) -> None:
     """Not with K-FAC, which sees layers by a mode that PyTorch's compiler mistakes once something else was compiled."""
     subject.model.policy.evaluate_actions = compiled(subject, subject.model.policy.evaluate_actions)
@@ -1002,7 +1011,7 @@ def compiled_mlp_extractor(subject: Subject) -> None:
     subject.model.policy.mlp_extractor.forward = compiled(subject, subject.model.policy.mlp_extractor.forward)
 
 
-@intervention(rows=taking("gae_lambda"), turns=2)
+@intervention(rows=tuple(row for row in taking("gae_lambda") if row in WITH_BUFFERS), turns=2)
 def stored_values_edited(subject: Subject) -> None:
     subject.model.rollout_buffer.values *= 0.5
 

@@ -19,7 +19,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from sb3_ac_ext import ACKTR, D4PG, MADDPG
+from sb3_ac_ext import A3C, ACER, ACKTR, D4PG, IMPALA, MADDPG
 from sb3_ac_ext.buffers.prioritized import PrioritizedDictReplayBuffer, PrioritizedReplayBuffer
 from sb3_ac_ext.networks.actor_critic import SeparateCnnPolicy
 from sb3_ac_ext.signatures import arguments_of
@@ -55,8 +55,22 @@ SB3: dict[str, type[BaseAlgorithm]] = {
 """What a row equals with its extras at their defaults. TRPO draws where its conjugate gradients start, ours do not."""
 SB3_OFF_POLICY = tuple(row for row in SB3 if row in OFF_POLICY)
 SB3_ON_POLICY = tuple(row for row in SB3 if row in ON_POLICY)
-BY_ADAM = where(lambda cls: not issubclass(cls, ACKTR))
-"""Rows that are trained by what ``policy_kwargs`` ask for; K-FAC has factors for few layers."""
+BY_ADAM = where(lambda cls: not issubclass(cls, (A3C, ACKTR)))
+"""Rows that are trained by what ``policy_kwargs`` ask for, in `small_model`."""
+BY_KFAC = where(lambda cls: issubclass(cls, ACKTR))
+"""Rows with factors for few layers."""
+BY_SEGMENTS = tuple(row for row in taking("n_actors") if row in ON_POLICY)
+"""
+Rows whose rollouts are segments of actors: each with the same weights from its first step to its last, and seen by callbacks
+when it is whole, step after step.
+"""
+CHOOSING = where(lambda cls: issubclass(cls, OnPolicyAlgorithm) and not issubclass(cls, ACER))
+"""
+Rows that take any space of actions that SB3's distributions are for, and ask these for densities; ACER computes them with what
+the distribution is a function of.
+"""
+TRAINED_STD = CHOOSING
+"""Rows that train the standard deviation of actions in a Box."""
 WITH_ALPHA = taking("target_entropy")
 """Rows that learn the entropy's coefficient."""
 
@@ -134,7 +148,15 @@ class Fading(nn.Module):
         return th.relu(x) / (1 + 0.01 * self.asked)
 
 
-NORMALISED = tuple(row for row in ONE_AGENT if row in BY_ADAM)
+def another() -> RandomEnv:
+    """Of another actor."""
+    return RandomEnv(*copy.deepcopy((BOX, CONTINUOUS)))
+
+
+NORMALISED = tuple(row for row in ONE_AGENT if row not in BY_KFAC)
+OFF_PAC: dict[str, Any] = {"rows": ("opac",), "sb3": False}
+SCORE: dict[str, Any] = {"actor_gradient": "score", "baseline": "v"}
+LINEAR: dict[str, Any] = {"variant": "degris", "features": "identity", "behaviour": "uniform", "learning_rate": 0.1}
 VARIANTS: dict[str, Variant] = {
     "mlp": Variant(rows=EVERY),
     "images": Variant("CnnPolicy", IMAGE),
@@ -145,14 +167,16 @@ VARIANTS: dict[str, Variant] = {
     "extractors apart": Variant(policy_kwargs=features(share=False), rows=ON_POLICY),
     "dropout": Variant(policy_kwargs=features(dropout)),
     "layer norm": Variant(policy_kwargs=features(layer_norm), rows=NORMALISED),
-    "batch norm": Variant(policy_kwargs=features(batch_norm), rows=tuple(row for row in NORMALISED if row != "ac")),
+    "batch norm": Variant(
+        policy_kwargs=features(batch_norm), rows=tuple(row for row in NORMALISED if row not in ("ac", "acer"))
+    ),
     "looks at values": Variant(policy_kwargs=features(Wary)),
     "counts": Variant(policy_kwargs=features(Fading)),
     "critic layer norm": Variant(policy_kwargs={"critic_layer_norm": True}, rows=("td3x", "sacx"), sb3=False),
     "one critic": Variant(policy_kwargs={"n_critics": 1}, rows=CRITICS),
     "two critics": Variant(policy_kwargs={"n_critics": 2}, rows=(*CRITICS, "maddpg")),
     "three critics": Variant(policy_kwargs={"n_critics": 3}, rows=CRITICS),
-    "gsde": Variant(changes={"use_sde": True}, rows=tuple(row for row in taking("use_sde") if row in BY_ADAM)),
+    "gsde": Variant(changes={"use_sde": True}, rows=tuple(row for row in taking("use_sde") if row not in BY_KFAC)),
     "fixed alpha": Variant(changes={"ent_coef": 0.2}, rows=WITH_ALPHA),
     "value network": Variant(changes={"value_network": True}, rows=taking("value_network"), sb3=False),
     "priorities": Variant(changes={"replay_buffer_class": PrioritizedReplayBuffer, "n_steps": 2}, rows=CRITICS, sb3=False),
@@ -170,13 +194,26 @@ VARIANTS: dict[str, Variant] = {
         rows=taking("dqda_clipping"),
         sb3=False,
     ),
-    "discrete": Variant(actions=spaces.Discrete(3), rows=ON_POLICY),
-    "several choices": Variant(actions=spaces.MultiDiscrete([3, 2]), rows=ON_POLICY),
-    "coins": Variant(actions=spaces.MultiBinary(3), rows=ON_POLICY),
+    "discrete": Variant(actions=spaces.Discrete(3), rows=(*ON_POLICY, "opac")),
+    "weighted": Variant(actions=spaces.Discrete(3), changes={"variant": "is", "behaviour": "epsilon"}, **OFF_PAC),
+    "weighted Q": Variant(changes={"variant": "is", "critic_type": "q", "behaviour": "policy_noise"}, **OFF_PAC),
+    "score": Variant(changes={"actor_gradient": "score", "n_actor_samples": 3}, **OFF_PAC),
+    "sampled choices": Variant(actions=spaces.Discrete(3), changes=SCORE | {"target": "sample"}, **OFF_PAC),
+    "linear": Variant(actions=spaces.Discrete(3), changes=LINEAR, **OFF_PAC),
+    "several choices": Variant(actions=spaces.MultiDiscrete([3, 2]), rows=CHOOSING),
+    "coins": Variant(actions=spaces.MultiBinary(3), rows=CHOOSING),
     "clipped values": Variant(changes={"clip_range_vf": 0.1}, rows=taking("clip_range_vf")),
     "early stops": Variant(changes={"target_kl": 1e-4}, rows=taking("clip_range")),
     "penalty": Variant(changes={"surrogate": "penalty"}, rows=taking("surrogate"), sb3=False),
     "phases": Variant(changes={"separate_phases": True}, rows=taking("separate_phases"), sb3=False),
+    "two actors": Variant(changes={"n_actors": 2, "actor_env_fn": another}, rows=BY_SEGMENTS, sb3=False),
+    "actors that lag": Variant(
+        changes={"n_actors": 2, "actor_env_fn": another, "simulated_lag": 2}, rows=BY_SEGMENTS, sb3=False
+    ),
+    "actions by logits": Variant(
+        actions=spaces.Discrete(3), changes={"trust_region_space": "logits"}, rows=taking("trust_region_space"), sb3=False
+    ),
+    "replayed segments": Variant(changes={"replayed_segments": 1}, rows=taking("replayed_segments"), sb3=False),
 }
 
 OFF_POLICY_SIZES: dict[str, Any] = {"learning_starts": 10, "batch_size": 8, "buffer_size": 200, "learning_rate": 3e-3}
@@ -200,13 +237,22 @@ rounding has; with this one a rounding error of 1e-8 in a gradient moves it by 1
 """
 
 
-def rows(names: Iterable[str] = EVERY) -> Any:
+def skip_unless_taken(row: str, actions: spaces.Space) -> None:
+    """Skip the test if a row does not take these actions."""
+    if row not in CHOOSING and isinstance(actions, spaces.MultiDiscrete | spaces.MultiBinary):
+        pytest.skip("takes one choice at a time")
+
+
+def rows(names: Iterable[str] = EVERY, by_default: Iterable[str] | None = None) -> Any:
     """
     Parametrise ``row``.
 
     :param names: of rows; all of the registry by default
+    :param by_default: those that are not marked slow, for what hardly depends on the row; None for all
     """
-    return pytest.mark.parametrize("row", list(names))
+    quick = None if by_default is None else set(by_default)
+    marks = {name: [] if quick is None or name in quick else [pytest.mark.slow] for name in names}
+    return pytest.mark.parametrize("row", [pytest.param(name, marks=of_row) for name, of_row in marks.items()])
 
 
 def algorithm_class(row: Row) -> Any:
@@ -225,7 +271,7 @@ def environment(row: Row, variant: str = "mlp") -> Any:
     return RandomEnv(*spaces_of_its_own)
 
 
-def small_model(row: Row, variant: str = "mlp", *, env: Any = None, **changes: Any) -> Any:
+def small_model(row: Row, variant: str = "mlp", /, *, env: Any = None, **changes: Any) -> Any:
     """
     :param row: of the registry, its name, or an algorithm's class (SB3's too)
     :param variant: key of `VARIANTS`
@@ -238,7 +284,11 @@ def small_model(row: Row, variant: str = "mlp", *, env: Any = None, **changes: A
     sizes = OFF_POLICY_SIZES if off_policy else ON_POLICY_SIZES
     sizes = {name: value for name, value in sizes.items() if name in arguments_of(cls)}
     sizes |= {"target_update_interval": 2} if issubclass(cls, D4PG) else {}
+    sizes |= {"n_actors": 1} if issubclass(cls, A3C) else {"use_rms_prop": False} if issubclass(cls, (IMPALA, ACER)) else {}
+    sizes |= {"learning_starts": 6, "buffer_size": 60, "online_update": True} if issubclass(cls, ACER) else {}
     own: dict[str, Any] = {"net_arch": [8], "optimizer_kwargs": {"eps": EPS}}
+    if {**kind.changes, **changes}.get("variant") == "degris":  # which has no networks
+        own = {}
     if issubclass(cls, ACKTR):  # whose rate is the largest step of an optimizer of its own
         del sizes["learning_rate"], own["optimizer_kwargs"]
     own |= {"share_features_extractor": False} if cls.__name__.lower() in APART else {}

@@ -66,15 +66,15 @@ class Subject:
             self.step += 1
             self.trajectory.append(th.cat([numbers(self.model), stored(self.model)]))
             if self.way == "environment":
-                self.intervene_if_due()
+                self.intervene_if_due(self.step)
             elif self.way == "thread":
-                in_another_thread(self.intervene_if_due)
+                in_another_thread(lambda: self.intervene_if_due(self.step))
             return result
 
         return step
 
-    def intervene_if_due(self) -> None:
-        if self.step in self.intervention.steps(self.row):
+    def intervene_if_due(self, step: int) -> None:
+        if step in self.intervention.steps(self.row):
             self.intervention.do(self)
             self.turn += 1
 
@@ -130,7 +130,8 @@ class Subject:
 
     def optimizers(self) -> dict[str, th.optim.Optimizer]:
         """By the names that SB3 saves them under."""
-        return {name: recursive_getattr(self.model, name) for name in self.model.get_parameters() if name != "policy"}
+        found = {name: recursive_getattr(self.model, name) for name in self.model.get_parameters()}
+        return {name: one for name, one in found.items() if isinstance(one, th.optim.Optimizer)}
 
     def trains(self, old: nn.Parameter, new: nn.Parameter) -> None:
         """Let the optimizers have another parameter in place of one."""
@@ -240,7 +241,7 @@ class Callback(BaseCallback):
         self.subject = subject
 
     def _on_step(self) -> bool:
-        self.subject.intervene_if_due()
+        self.subject.intervene_if_due(self.n_calls)
         return True
 
 

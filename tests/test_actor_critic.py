@@ -60,7 +60,8 @@ KINDS = ("mlp", "gsde", "gsde narrow", "gsde squashed", "discrete", "several cho
 
 def case(name: str) -> tuple[Any, Any]:
     """A policy whose parameters are random numbers, and observations."""
-    model = small_model(PPO, **CASES[name])
+    changes = {**CASES[name]}
+    model = small_model(PPO, changes.pop("variant", "mlp"), **changes)
     generator = th.Generator().manual_seed(0)
     with th.no_grad():
         for parameter in model.policy.parameters():

@@ -266,6 +266,21 @@ VALUES: Cases = {
         ({**DETERMINISTIC, "use_sde": True}, r"use_sde needs a stochastic policy, got True"),
         *several(["actor_learning_rate", "critic_learning_rate"], -1.0, r"{} must be .*-1.0"),
     ],
+    "impala": [
+        *several(["n_actors", "n_steps", "batch_segments", "replay_size"], 0, r"{} must be an integer >= 1, got 0"),
+        *several(["simulated_lag", "max_policy_lag", "replayed_segments"], -1, r"{} must be an integer >= 0.*, got -1"),
+        *several(["rho_bar", "c_bar", "pg_rho_bar", "rms_prop_eps"], 0.0, r"{} must be a number >= 1e-12, got 0.0"),
+        ({"vtrace_lambda": 1.5}, r"vtrace_lambda must be a number in \[0, 1\], got 1.5"),
+        ({"kl_coef": -0.1}, r"kl_coef must be a number >= 0, got -0.1"),
+        ({"c_bar": 2.0}, r"c_bar must be at most rho_bar=1.0, got 2.0"),
+        ({"simulated_lag": 3, "max_policy_lag": 2}, r"max_policy_lag must be at least simulated_lag=3, .*, got 2"),
+        ({"actors": "threads"}, r"actors must be one of 'inline', 'ray', got 'threads'"),
+        ({"actors": "ray", "simulated_lag": 1}, r"simulated_lag=1 needs actors='inline', got actors='ray'"),
+        *several(["ray_address"], "auto", r"{}='auto' needs actors='ray', got actors='inline'"),
+        ({"actor_resources": {"num_cpus": 1}}, r"actor_resources=.* needs actors='ray', got actors='inline'"),
+        ({"actor_resources": {"num_cpus": -1}, "actors": "ray"}, r"actor_resources\['num_cpus'\] must be .*got -1"),
+        ({"n_actors": 2, "actor_env_fn": int}, r"actor_env_fn must make a gymnasium.Env, got .*int.*, which made 0"),
+    ],
 }
 
 SWITCHES = {
@@ -275,6 +290,7 @@ SWITCHES = {
     "ppox": ("normalize_advantage", "separate_phases", "drop_unfinished_episodes", "use_sde", "engine"),
     "reinforce": ("use_baseline", "bootstrap_truncated", "gamma_t_weight", "normalize_advantage", "use_sde", "engine"),
     "ac": ("deterministic_policy", "gamma_t_weight", "use_sde", "engine"),
+    "impala": ("use_rms_prop", "engine"),
 }
 TYPES: Cases = {
     "td3x": [
@@ -361,6 +377,12 @@ TYPES: Cases = {
         ({"max_grad_norm": {"policy": 1.0}}, r"unexpected key 'policy'; legal are actor, critic"),
         *several(["rollout", "n_steps", "gae_lambda", "vf_coef"], 1, r"AC\(\) got an unexpected argument '{}'"),
     ],
+    "impala": [
+        ({"n_actors": 2.0}, r"n_actors must be an integer >= 1, got 2.0 of type float"),
+        ({"actor_env_fn": "CartPole-v1"}, r"actor_env_fn must be .*got 'CartPole-v1'"),
+        ({"max_grad_norm": {"value": 1.0}}, r"max_grad_norm got an unexpected key 'value'; legal are policy$"),
+        *several(["rollout", "gae_lambda", "use_sde", "batch_size"], 1, r"IMPALA\(\) got an unexpected argument '{}'"),
+    ],
 }
 for row, switches in SWITCHES.items():
     TYPES[row] += several(switches, "yes", r"{} must be True or False, got 'yes' of type str")
@@ -373,6 +395,7 @@ UNSUPPORTED: Cases = {
         ({"replay_buffer_class": HerReplayBuffer}, r"got .*HerReplayBuffer"),
     ],
     "trpox": [({"n_steps": 1}, r"TRPOX: `n_steps \* n_envs` must be greater than 1. Currently n_steps=1 and n_envs=1")],
+    "impala": [({"policy_kwargs": {"use_sde": True}}, r"policy_kwargs\['use_sde'\] must be False, .*, got True")],
     "ppox": [({"n_steps": 1}, r"`n_steps \* n_envs` must be greater than 1. Currently n_steps=1 and n_envs=1")],
 }
 

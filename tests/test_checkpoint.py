@@ -21,6 +21,7 @@ from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import VecEnv
 from subjects import numbers
 
+import sb3_ac_ext.actors.replaying
 import sb3_ac_ext.base.off_policy
 import sb3_ac_ext.td3x
 from sb3_ac_ext import DDPGX, TD3X
@@ -64,7 +65,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 def save(model: Any, folder: Path) -> None:
     """The model and, apart from it, its replay buffer."""
     model.save(folder / "model")
-    if hasattr(model, "replay_buffer"):
+    if hasattr(model, "save_replay_buffer"):
         model.save_replay_buffer(folder / "buffer")
 
 
@@ -72,13 +73,16 @@ def load(row: str, folder: Path, **kwargs: Any) -> Any:
     """What `save` saved."""
     loaded = algorithm_class(row).load(folder / "model", **kwargs)
     loaded.set_logger(Logger(None, []))
-    if row in OFF_POLICY:
+    if hasattr(loaded, "load_replay_buffer"):
         loaded.load_replay_buffer(folder / "buffer")
     return loaded
 
 
 def actions_of(model: Any) -> np.ndarray:
-    """What was done, as it is stored."""
+    """What was done, as it is stored, or the gradient that it gave."""
+    if hasattr(model, "_results"):
+        last = model._results[-1]
+        return last.actions if hasattr(last, "actions") else np.concatenate([one.ravel() for one in last.gradients.values()])
     return (model.replay_buffer if hasattr(model, "replay_buffer") else model.rollout_buffer).actions
 
 
@@ -151,6 +155,9 @@ OWN_EXTRAS: dict[str, dict[str, Any]] = {
         "use_sde": True,
         "sde_sample_freq": 2,
     },
+    "impala": {"n_actors": 2, "simulated_lag": 2, "replayed_segments": 1, "use_rms_prop": True},
+    "acer": {"n_actors": 2, "simulated_lag": 2, "trust_region_delta": 0.1, "advantage_samples": 2},
+    "a3c": {"n_actors": 2, "simulated_lag": 2, "use_rms_prop": False},
     "ppox": {
         "surrogate": "penalty",
         "kl_target": 1e-3,
@@ -308,16 +315,18 @@ def test_save_is_atomic(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model = make(row)
     save(model, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert {path.name for path in before} == ({"model.zip", "buffer.pkl"} if row in OFF_POLICY else {"model.zip"})
+    memory = {"buffer.pkl"} if hasattr(model, "save_replay_buffer") else set()
+    assert {path.name for path in before} == {"model.zip"} | memory
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(th, "save", fail)
-    monkeypatch.setattr(sb3_ac_ext.base.off_policy, "save_to_pkl", fail)
+    for module in (sb3_ac_ext.base.off_policy, sb3_ac_ext.actors.replaying):
+        monkeypatch.setattr(module, "save_to_pkl", fail)
     with pytest.raises(OSError, match="disk full"):
         model.save(tmp_path / "model")
-    if row in OFF_POLICY:
+    if memory:
         with pytest.raises(OSError, match="disk full"):
             model.save_replay_buffer(tmp_path / "buffer")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

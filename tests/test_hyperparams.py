@@ -38,7 +38,15 @@ ZOO_KEYS = frozenset(
 NOISE_KEYS = frozenset({"noise_type", "noise_std"})
 
 OFF_POLICY = {"learning_starts": 30, "batch_size": 8}
-ON_POLICY = {"n_envs": 2, "n_steps": 10, "batch_size": 10, "n_epochs": 2, "rollout_episodes": 1}
+ON_POLICY = {
+    "n_envs": 2,
+    "n_steps": 10,
+    "batch_size": 10,
+    "n_epochs": 2,
+    "rollout_episodes": 1,
+    "learning_starts": 0,
+    "replay_ratio": 20,
+}
 """What trains soon, so far as an algorithm has it."""
 
 SPECS = {spec.name: spec for spec in ALGORITHMS}

@@ -54,6 +54,10 @@ CHECKS = (
     Check("sacx", "Pendulum-v1", -200, reference="sac", logged={"entropy": (-1.3, -0.7), "ent_coef": (0, 0.2)}),
     # recorded at -119 first, then set
     Check("sacx", "Pendulum-v1", -200, options=("-n", "15000", "-params", "value_network:True")),
+    # recorded at -122 first, then set
+    Check("opac", "Pendulum-v1", -250),
+    Check("opac", "CartPole-v1", 400),
+    Check("opac", "CartPole-v1", 200, options=("-n", "200000", "-params", "variant:'is'", "rho_max:2.0")),
     Check("reinforce", "CartPole-v1", 450),
     # recorded at 495 first, then set
     Check("reinforce", "CartPole-v1", 400, options=("-params", "use_baseline:False")),
@@ -65,6 +69,18 @@ CHECKS = (
     Check("ppox", "CartPole-v1", 450, options=("-conf", "zoo_configs/ppox_penalty_cartpole.yml")),
     Check("acktr", "CartPole-v1", 450, seeds=(0, 1, 2, 3, 4)),
     Check("acktr", "Acrobot-v1", -100),
+    # recorded at 500, 500 and about -85 first, then set
+    Check("impala", "CartPole-v1", 400),
+    Check("impala", "CartPole-v1", 400, options=("-params", "learning_rate:1e-3", "simulated_lag:5")),
+    Check("impala", "CartPole-v1", 300, options=("-n", "120000", "-params", "actors:'ray'", "n_actors:2")),
+    Check("impala", "Acrobot-v1", -120),
+    # recorded at 500 first, all seeds of both; the threshold is a guess made before that
+    Check("a3c", "CartPole-v1", 350),
+    Check("a3c", "CartPole-v1", 350, options=("-params", "simulated_lag:3")),
+    # recorded at 500 and -152 first, then set
+    Check("acer", "CartPole-v1", 400, options=("-n", "100000")),
+    Check("acer", "CartPole-v1", 450),
+    Check("acer", "Pendulum-v1", -250),
     Check("trpox", "CartPole-v1", 475, reference="trpo", options=("-n", "60000")),
     Check("trpox", "Pendulum-v1", -250, reference="trpo"),
 )

@@ -344,12 +344,14 @@ def test_equals_a2c_on_whole_episodes(kwargs: dict[str, Any], engine: bool) -> N
 
     Our policy for images has a features extractor each for policy and value, as two optimizers need.
     """
-    env = make_vec_env(lambda: environment(Reinforce, kwargs.get("variant", "mlp")), n_envs=2)
-    given = {"env": env, "ent_coef": 0.1, "learning_rate": lambda progress: 3e-3 * progress, **kwargs}
-    ours = small_model(Reinforce, engine=engine, max_rollout_steps=12, **given)
+    changes = {**kwargs}
+    variant = changes.pop("variant", "mlp")
+    env = make_vec_env(lambda: environment(Reinforce, variant), n_envs=2)
+    given = {"env": env, "ent_coef": 0.1, "learning_rate": lambda progress: 3e-3 * progress, **changes}
+    ours = small_model(Reinforce, variant, engine=engine, max_rollout_steps=12, **given)
     given["policy_kwargs"] = {"share_features_extractor": False, **kwargs.get("policy_kwargs", {})}
     own = {"n_steps": 12, "vf_coef": 1.0, "max_grad_norm": 1e9, "use_rms_prop": False, "rollout_buffer_class": InDouble}
-    theirs = small_model(A2C, **own, **given)
+    theirs = small_model(A2C, variant, **own, **given)
     th.testing.assert_close(flat(ours.policy), flat(theirs.policy), rtol=0, atol=0)
     for model in (ours, theirs):
         model.policy.double()

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import gymnasium as gym
@@ -12,7 +13,7 @@ import torch as th
 from environments import BOX, CONTINUOUS, DICT, IMAGE, RandomEnv, ScriptedEnv
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
-from models import ON_POLICY, algorithm_class, small_model, taking
+from models import BY_SEGMENTS, ON_POLICY, algorithm_class, skip_unless_taken, small_model, taking
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -292,6 +293,17 @@ def test_last_observations_in_memory_that_is_used_again(row: str, engine: bool) 
     np.testing.assert_allclose(model.rollout_buffer.rewards, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("row", BY_SEGMENTS)
+@either_engine
+def test_actors_keep_last_observations_in_memory_that_is_used_again(row: str, engine: bool) -> None:
+    def trained(wrap: Callable[[VecEnv], VecEnv]) -> dict[str, th.Tensor]:
+        env = make_vec_env(lambda: TimeLimit(Lenient(BOX, CONTINUOUS), 3), n_envs=2, seed=0)
+        return make(row, wrap(env), engine=engine).learn(4 * T).policy.state_dict()
+
+    expected = trained(lambda env: env)
+    assert all(th.equal(value, expected[name]) for name, value in trained(Refilling).items())
+
+
 # Policies that somebody changes in the middle of a rollout
 
 
@@ -327,6 +339,9 @@ class Remembering(Lenient):
 @every_row
 @either_engine
 def test_a_layer_that_was_replaced_acts_at_the_next_step(row: str, engine: bool) -> None:
+    """Of actors, who were done with the segment, at the next one's first."""
+    first = 3 * T if row in BY_SEGMENTS else 32
+
     def replace(model: Any) -> None:
         layer = model.policy.action_net = nn.Linear(8, 2)
         nn.init.zeros_(layer.weight)
@@ -337,8 +352,8 @@ def test_a_layer_that_was_replaced_acts_at_the_next_step(row: str, engine: bool)
     model = untrained(row, TimeLimit(env, 100), engine=engine, learning_rate=0.0)
     model.learn(64, Watching(32, replace))
     given = np.stack(env.given)
-    np.testing.assert_allclose(given[32:], np.tile([-1.5, 2.5], (len(given) - 32, 1)), atol=1e-3)
-    assert (np.abs(given[:32] - [-1.5, 2.5]) > 1e-3).any(axis=1).all()
+    np.testing.assert_allclose(given[first:], np.tile([-1.5, 2.5], (len(given) - first, 1)), atol=1e-3)
+    assert (np.abs(given[:first] - [-1.5, 2.5]) > 1e-3).any(axis=1).all()
 
 
 class Stop(BaseCallback):
@@ -465,6 +480,7 @@ def test_endless_episodes_are_warned_of_before_a_step_is_taken() -> None:
 @pytest.mark.parametrize("actions", [spaces.Discrete(2), spaces.MultiDiscrete([2, 2]), spaces.MultiBinary(2)], ids=str)
 def test_extreme_logits_raise_nothing(row: str, actions: spaces.Space, engine: bool) -> None:
     """200 apart, where exp overflows in float32, and NumPy told to raise."""
+    skip_unless_taken(row, actions)
     model = make(row, random_envs(BOX, actions, limit=5), engine=engine)
     with th.no_grad():
         model.policy.action_net.weight.zero_()
@@ -481,6 +497,7 @@ def test_extreme_logits_raise_nothing(row: str, actions: spaces.Space, engine: b
 @pytest.mark.parametrize("actions", [CONTINUOUS, spaces.Discrete(2), spaces.MultiBinary(2)], ids=str)
 def test_prediction_of_nan_is_refused(row: str, actions: spaces.Space, engine: bool) -> None:
     """Before and after the policy was recorded; no observations have no actions, where PyTorch's distributions allow it."""
+    skip_unless_taken(row, actions)
     model = make(row, random_envs(BOX, actions), engine=engine)
     for _ in range(8):
         with pytest.raises(ValueError, match=r"NaN|nan|constraint"):
@@ -570,31 +587,45 @@ class Broken(gym.Wrapper):
         return np.full_like(obs, np.inf) if self._now(what) else obs
 
 
+BROKEN = [
+    ("reward", 3),
+    ("first observation", 0),
+    ("observation", 3),
+    ("observation that the policy can take", 3),
+    ("observation", 12),
+    ("last observation of an episode", 5),
+]
+"""What is broken, and after how many steps."""
+
+
+def broken_env(what: str, at: int, actions: spaces.Space) -> Callable[[], gym.Env]:
+    env = TimeLimit(RandomEnv(BOX, actions), 5)
+    return lambda: Monitor(Broken(env, what, at))
+
+
 @pytest.mark.parametrize("rollout", ["steps", "episodes"])
 @either_engine
 @pytest.mark.parametrize("actions", [CONTINUOUS, spaces.Discrete(3)], ids=["box", "discrete"])
-@pytest.mark.parametrize(
-    ("what", "at"),
-    [
-        ("reward", 3),
-        ("first observation", 0),
-        ("observation", 3),
-        ("observation that the policy can take", 3),
-        ("observation", 12),
-        ("last observation of an episode", 5),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("what", "at"), BROKEN, ids=str)
 @every_row_with_rollouts
 def test_broken_environments_are_named(
     row: str, what: str, at: int, actions: spaces.Space, engine: bool, rollout: str
 ) -> None:
-    def make_env(index: int) -> Callable[[], gym.Env]:
-        env = TimeLimit(RandomEnv(BOX, actions), 5)
-        return lambda: Monitor(Broken(env, what, at if index == 1 else -1))
-
-    env = DummyVecEnv([make_env(index) for index in range(3)])
+    env = DummyVecEnv([broken_env(what, at if index == 1 else -1, actions) for index in range(3)])
     model = make(row, env, engine=engine, rollout=rollout, rollout_episodes=100)
+    message = what if what in ("reward", "last observation of an episode") else "observation"
+    with pytest.raises(NonFiniteError, match=f"environment 1 gave a non-finite {message}"):
+        model.learn(100)
+    assert model._n_updates == 0 or "can take" in what
+
+
+@either_engine
+@pytest.mark.parametrize("actions", [CONTINUOUS, spaces.Discrete(3)], ids=["box", "discrete"])
+@pytest.mark.parametrize(("what", "at"), BROKEN, ids=str)
+@pytest.mark.parametrize("row", BY_SEGMENTS)
+def test_broken_environments_of_actors_are_named(row: str, what: str, at: int, actions: spaces.Space, engine: bool) -> None:
+    env = DummyVecEnv([broken_env(what, at if index == 1 else -1, actions) for index in range(3)])
+    model = make(row, env, engine=engine)
     message = what if what in ("reward", "last observation of an episode") else "observation"
     with pytest.raises(NonFiniteError, match=f"environment 1 gave a non-finite {message}"):
         model.learn(100)
@@ -701,6 +732,15 @@ class SetOnce(BaseCallback):
         return True
 
 
+def nothing(model: Any) -> None:
+    """Nothing."""
+
+
+def rate_of_a_hundredth(model: Any) -> None:
+    model.learning_rate = 0.01
+
+
+@cache
 def trained_with(row: str, do: Callable[[Any], None], engine: bool) -> dict[str, th.Tensor]:
     model = small_model(row, seed=0, engine=engine)
     model.learn(80, callback=SetOnce(do))
@@ -710,9 +750,9 @@ def trained_with(row: str, do: Callable[[Any], None], engine: bool) -> dict[str,
 @pytest.mark.parametrize("number", [np.float32(0.01), np.array(0.01), th.tensor(0.01)], ids=["numpy", "array", "tensor"])
 @every_row
 def test_learning_rates_may_be_numbers_of_any_kind(row: str, number: Any) -> None:
-    expected = trained_with(row, lambda model: setattr(model, "learning_rate", 0.01), engine=True)
+    expected = trained_with(row, rate_of_a_hundredth, engine=True)
     found = trained_with(row, lambda model: setattr(model, "learning_rate", number), engine=True)
-    untouched = trained_with(row, lambda _: None, engine=True)
+    untouched = trained_with(row, nothing, engine=True)
     th.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert any(not th.allclose(value, expected[name], atol=1e-4) for name, value in untouched.items())
 

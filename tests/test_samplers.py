@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch 
 
 DRAWS = 500
 OFF_POLICY = {"learning_starts": 5, "batch_size": 4, "buffer_size": 100}
-ON_POLICY = {"n_steps": 6, "batch_size": 6, "n_epochs": 2}
+ON_POLICY = {"n_steps": 6, "batch_size": 6, "n_epochs": 2, "learning_starts": 0, "replay_ratio": 20}
 """What trains soon, so far as an algorithm has it."""
 OF_THE_ENVIRONMENT = {"n_timesteps", "n_envs", "normalize", "env_wrapper", "frame_stack"}
 """What the Zoo takes out of a file before it makes the model."""
@@ -137,8 +137,8 @@ def test_every_draw_is_accepted_by_the_constructor(spec: AlgoSpec, additional_ar
     for n_actions, sampled, trial in many(spec.name, her):
         assert set(sampled) <= arguments_of(spec.cls).keys()
         assert set(sampled.get("replay_buffer_kwargs", {})) <= set(inspect.signature(HerReplayBuffer).parameters)
-        # of the off-policy ones, which take most of the time, there are few kinds
-        with_networks = trial.number < 100 or not is_off_policy(spec)
+        # of the off-policy ones, which take most of the time, there are few kinds, and of the actors' policies
+        with_networks = trial.number < 100 or not (is_off_policy(spec) or "n_actors" in arguments_of(spec.cls))
         model = build(spec, n_actions, her, {**with_tiny_networks(sampled), "_init_setup_model": with_networks})
         if not with_networks:
             model._check_arguments()
@@ -338,6 +338,23 @@ REACHED: dict[str, dict[str, set[Any]]] = {
         "gae_lambda": {None},
     },
     "ac": {"gamma_t_weight": SWITCH},
+    "impala": {
+        "n_steps": {4, 8, 16, 32, 64},
+        "batch_segments": {1, 2, 4},
+        "replayed_segments": {0, 1, 2},
+        "vtrace_lambda": {0.9, 0.95, 1.0},
+        "use_rms_prop": SWITCH,
+        "loss_reduction": {"sum", "mean"},
+        "max_grad_norm": {0.5, 1.0, 10.0, 40.0},
+        "n_actors": {None},  # of the machine
+    },
+    "a3c": {
+        "n_steps": {4, 8, 16, 32, 64},
+        "use_rms_prop": {True},
+        "loss_reduction": {"sum", "mean"},
+        "vf_coef": {0.25, 0.5, 1.0},
+        "n_actors": {None},
+    },
 }
 for with_bounds in ("td3x", "sacx", "ddpgx", "d4pg", "maddpg", "reinforce", "ac"):
     REACHED[with_bounds]["max_grad_norm"] = {None, 0.5, 1.0, 10.0}
@@ -357,6 +374,7 @@ def test_space_reaches_every_choice(name: str):
         ("td3x", "target_policy_noise", 0.05, 0.5),
         ("td3x", "target_noise_clip", 0.1, 1.0),
         ("maddpg", "gumbel_temperature", 0.3, 2.0),
+        ("a3c", "gae_lambda", 0.9, 0.9999),
     ],
 )
 def test_space_reaches_the_ends_of_a_range(name: str, argument: str, low: float, high: float):
@@ -524,6 +542,8 @@ def test_what_ppox_draws_goes_together():
 
 
 def test_what_others_draw_goes_together():
+    for sampled in drawn("impala"):
+        assert sampled["rms_prop_eps"] == 0.01 or sampled["use_rms_prop"]
     for sampled in drawn("reinforce"):
         assert (sampled["baseline_learning_rate"] is None) == (not sampled["use_baseline"])
     lambdas = {(s["critic"], s["actor_trace_lambda"], s["critic_trace_lambda"]) for s in drawn("ac")}

@@ -142,4 +142,5 @@ def test_when_changes_act_is_said(row: str) -> None:
     acts = {name: argument.acts for name, argument in arguments_of(algorithm_class(row)).items()}
     assert acts["seed"] is acts["policy_kwargs"] is Acts.NEVER
     assert acts["verbose"] is Acts.LEARN
-    assert acts["learning_rate"] is acts["gamma"] is Acts.UPDATE
+    assert acts["learning_rate"] is Acts.UPDATE
+    assert acts["gamma"] is (Acts.ROLLOUT if row == "a3c" else Acts.UPDATE)  # whose workers are told it before they act

@@ -23,6 +23,7 @@ import optuna
 import pytest
 import yaml
 from conftest import Command
+from models import BY_SEGMENTS
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_pkl
 
@@ -87,6 +88,19 @@ OWN_NOISE = {"exploration_noise": {"type": "normal", "start": 0.5, "end": 0.1, "
 
 Train = Callable[..., Run]
 
+BY_DEFAULT = {spec.name for spec in ALGORITHMS} - {*BY_SEGMENTS} | {"a3c"}
+"""Of those whose rollouts are segments of actors one is enough, which has two."""
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(spec, marks=[] if spec.name in BY_DEFAULT else pytest.mark.slow) for spec in ALGORITHMS],
+    ids=lambda spec: spec.name,
+)
+def spec(request: pytest.FixtureRequest) -> AlgoSpec:
+    """In the place of all algorithms of the registry."""
+    return request.param
+
 
 @pytest.fixture(scope="session")
 def train(python: Command) -> Train:
@@ -108,7 +122,8 @@ def trained(spec: AlgoSpec, train: Train, tmp_path_factory: pytest.TempPathFacto
 
 def test_training_writes_the_zoos_files(trained: Run) -> None:
     assert f"hyperparams/{trained.spec.name}.yml" in trained.printed
-    assert trained.episodes() == STEPS / 200
+    actors = trained.hyperparams().get("n_actors", 1)  # each with an environment
+    assert trained.episodes() == actors * (STEPS // actors // 200)
     assert trained.data["num_timesteps"] == STEPS
     assert {path.name for path in trained.folder.glob("*.zip")} == {
         f"{ENV_ID}.zip",
@@ -126,11 +141,14 @@ def test_continues_from_the_zip_with_its_replay_buffer(trained: Run, train: Trai
     more = train(trained.spec, tmp_path, "-n", 300, "-i", trained.zip, "--save-replay-buffer", *small(trained.spec))
     assert "Loading pretrained agent" in more.printed
     assert more.data["_n_updates"] > trained.data["_n_updates"] > 0
-    if is_off_policy(trained.spec):
-        assert load_from_pkl(trained.folder / "replay_buffer.pkl").size() == STEPS
-        assert load_from_pkl(more.folder / "replay_buffer.pkl").size() == STEPS + 300
-    else:
+    if not hasattr(trained.spec.cls, "save_replay_buffer"):
         assert not (trained.folder / "replay_buffer.pkl").exists()
+        return
+    replays = [load_from_pkl(run.folder / "replay_buffer.pkl") for run in (trained, more)]
+    if is_off_policy(trained.spec):
+        assert [replay.size() for replay in replays] == [STEPS, STEPS + 300]
+    else:  # of segments, which impala keeps none of by default
+        assert [sum(one.n_steps for one in replay.segments) for replay in replays] in ([0, 0], [STEPS, STEPS + 300])
 
 
 def test_given_noise_goes_before_that_of_the_default_file(train: Train, tmp_path: Path) -> None:

@@ -8,17 +8,21 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 import sb3_ac_ext
+from sb3_ac_ext.a3c import A3C
 from sb3_ac_ext.ac import AC
+from sb3_ac_ext.acer import ACER
 from sb3_ac_ext.acktr import ACKTR
 from sb3_ac_ext.d4pg import D4PG
 from sb3_ac_ext.ddpgx import DDPGX
+from sb3_ac_ext.impala import IMPALA
 from sb3_ac_ext.maddpg import MADDPG
+from sb3_ac_ext.opac import OPAC
 from sb3_ac_ext.ppox import PPOX
 from sb3_ac_ext.reinforce import Reinforce
 from sb3_ac_ext.sacx import SACX
 from sb3_ac_ext.td3x import TD3X
 from sb3_ac_ext.trpox import TRPOX
-from sb3_ac_ext.zoo.samplers import off_policy, on_policy
+from sb3_ac_ext.zoo.samplers import actors, off_policy, on_policy, opac
 
 Sampler = Callable[..., dict[str, Any]]
 Converter = Callable[[dict[str, Any]], dict[str, Any]]
@@ -71,4 +75,8 @@ ALGORITHMS: tuple[AlgoSpec, ...] = (
     AlgoSpec(AC, on_policy.sample_ac, on_policy.convert_ac),
     AlgoSpec(D4PG, off_policy.sample_d4pg, off_policy.convert_d4pg),
     AlgoSpec(MADDPG, off_policy.sample_maddpg, off_policy.convert_maddpg),
+    AlgoSpec(IMPALA, actors.sample_impala, actors.convert_impala),
+    AlgoSpec(A3C, actors.sample_a3c, actors.convert_a3c),
+    AlgoSpec(OPAC, opac.sample_opac, opac.convert_opac),
+    AlgoSpec(ACER, actors.sample_acer, actors.convert_acer),
 )

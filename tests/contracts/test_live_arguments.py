@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch as th
 from environments import BOX, CONTINUOUS, RandomEnv
+from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
-from models import EVERY, algorithm_class, small_model
+from models import EVERY, LINEAR, algorithm_class, small_model
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from subjects import numbers
@@ -29,19 +30,34 @@ ATOL = 1e-5
 HALF = 18
 """Steps of half a training: three rollouts, or eight updates."""
 
+
+def choices() -> RandomEnv:
+    return RandomEnv(BOX, spaces.Discrete(3))
+
+
+OFF_PAC = {**LINEAR, "env": choices}
 NOISE = {"type": "normal", "start": 0.5}
 PHASES = {"separate_phases": True}
 PENALTY = {"surrogate": "penalty"}
 EPISODES = {"rollout": "episodes", "n_steps": 20}
 FAR = {"target_kl": 1.0, "cg_max_steps": 2}
 """So that TRPO's line search refuses steps."""
+CHOICES: dict[str, Any] = {"env": choices}
 CHANGES: dict[str, Any] = {
     "accept_ratio": (0.9, FAR),
     "action_noise": NormalActionNoise(np.zeros(1), np.ones(1)),
+    "actor_gradient": "score",
     "actor_learning_rate": 1e-4,
+    "actor_trace_gamma": (False, OFF_PAC | {"gamma": 0.5, "trace_lambda": 0.9}),
+    "advantage_samples": 2,
+    "average_decay": (0.1, {"trust_region_delta": 1e-3}),
     "actor_trace_lambda": 0.5,
+    "baseline": (None, {"actor_gradient": "score"}),
     "baseline_learning_rate": 1e-4,
+    "batch_segments": 2,
     "batch_size": 5,
+    "behaviour": "uniform",
+    "behaviour_noise": (2.0, {"behaviour": "policy_noise"}),
     "bootstrap_truncated": (True, {"env": lambda: TimeLimit(RandomEnv(BOX, CONTINUOUS), 5)}),
     "cg_damping": 1.0,
     "cg_max_steps": 1,
@@ -49,6 +65,7 @@ CHANGES: dict[str, Any] = {
     "clip_range_vf": 1e-3,
     "clip_range_vf_mode": ("max", {"clip_range_vf": 1e-3}),
     "cold_iterations": 5,
+    "correction_learning_rate": (0.5, OFF_PAC),
     "critic_learning_rate": 1e-4,
     "critic_trace_lambda": 0.5,
     "critic_weight_decay": 0.5,
@@ -57,6 +74,8 @@ CHANGES: dict[str, Any] = {
     "drop_unfinished_episodes": (True, {**EPISODES, "n_steps": 10, "rollout_episodes": 2}),
     "ent_coef": 0.5,
     "ent_coef_learning_rate": 1e-4,
+    "epsilon": (0.9, {"behaviour": "epsilon"}),
+    "entropy_in_trust_region": (False, CHOICES | {"ent_coef": 10.0, "trust_region_delta": 0.0}),
     "exact_log_prob": (True, {"policy_kwargs": {"log_std_init": 2.0}}),
     "exploration_noise": (NOISE | {"end": 0.05, "steps": 30}, {"exploration_noise": NOISE | {"start": 0.1}}),
     "exploration_std": (0.3, {"critic": "q", "deterministic_policy": True}),
@@ -84,11 +103,13 @@ CHANGES: dict[str, Any] = {
     "max_kl": 1e-5,
     "max_rollout_steps": (10, {"rollout_episodes": 2}),
     "momentum": 0.1,
+    "n_actor_samples": (4, {"actor_gradient": "score"}),
     "n_critic_updates": 3,
     "n_epochs": 3,
     "n_steps": 9,
     "n_target_samples": (1, {"distribution": "mixture"}),
     "normalize_advantage_over": "buffer",
+    "online_update": False,
     "parameter_noise": {"std": 0.3, "distance": 0.5},
     "policy_delay": 3,
     "policy_epochs": (1, PHASES),
@@ -98,12 +119,16 @@ CHANGES: dict[str, Any] = {
     "q_a_learning_rate": 1e-4,
     "q_b_learning_rate": 1e-4,
     "q_learning_rates": {"q_b": 1e-4},
+    "rho_max": (1e-3, {"variant": "is"}),
+    "replay_ratio": 0.5,
+    "rho_bar": 0.1,
     "rollout": ("episodes", {"n_steps": 20}),
     "rollout_episodes": (2, EPISODES),
     "sde_sample_freq": (2, {"use_sde": True}),
     "stats_decay": 0.5,
     "sub_sampling_factor": 2,
     "surrogate": "penalty",
+    "target": ("sample", {"env": choices}),
     "target_entropy": 3.0,
     "target_kl": 1e-6,
     "target_noise_clip": (0.05, {"target_policy_noise": 0.5}),
@@ -111,6 +136,9 @@ CHANGES: dict[str, Any] = {
     "target_update_every": 3,
     "target_update_interval": (2, {"gradient_steps": 2}),
     "tau": 0.3,
+    "trace_lambda": (0.9, OFF_PAC),
+    "trust_region_delta": (None, {"trust_region_delta": 0.0}),
+    "trust_region_space": ("logits", CHOICES | {"trust_region_delta": 0.0}),
     "train_freq": TrainFreq(3, TrainFrequencyUnit.STEP),
     "use_baseline": False,
     "use_sde_at_warmup": (True, {"use_sde": True}),
@@ -129,6 +157,8 @@ OF_A_ROW: dict[tuple[str, str], Any] = {
     ("d4pg", "target_update_interval"): 3,
     ("ppox", "kl_target"): (1e-6, PENALTY),
     ("ppox", "value_learning_rate"): (1e-4, PHASES),
+    ("acer", "buffer_size"): 6,
+    ("acer", "ent_coef"): (0.5, CHOICES),
     ("acktr", "value_learning_rate"): 1e-3,
     ("acktr", "kl_target"): (1e-12, {"learning_rate": 1e-2}),
     ("sacx", "value_learning_rate"): (1e-4, {"value_network": True}),
@@ -150,8 +180,8 @@ def arguments() -> list[Any]:
     found = []
     for row in EVERY:
         for name, argument in sorted(arguments_of(algorithm_class(row)).items()):
-            if argument.acts in (Acts.NEVER, Acts.LEARN) or name == "engine":
-                continue
+            if argument.acts in (Acts.NEVER, Acts.LEARN) or name in ("engine", "max_policy_lag"):
+                continue  # the latter acts where actors lag, see the tests of these
             default = random.Random(f"{row} {name}").random() < 1 / 7
             found.append(pytest.param(row, name, marks=[] if default else pytest.mark.slow))
     return found

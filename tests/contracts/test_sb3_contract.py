@@ -43,6 +43,7 @@ from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer, RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.sac.policies import SACPolicy
@@ -149,14 +150,18 @@ def seed() -> None:
 
 def train_from_here(model: Any, updates: int = 12) -> th.Tensor:
     seed()
-    model.train(*((updates, 8) if hasattr(model, "replay_buffer") else ()))
+    model.train(*((updates, 8) if isinstance(model, OffPolicyAlgorithm) else ()))
     return numbers(model)
 
 
 def share_memory(model: Any, other: Any) -> None:
     """Let a model learn from what another one has experienced."""
-    if hasattr(other, "replay_buffer"):
+    if isinstance(other, OffPolicyAlgorithm):
         model.replay_buffer = other.replay_buffer
+    elif hasattr(other, "_results"):
+        model._results = other._results
+        if hasattr(other, "replay_buffer"):
+            model.replay_buffer = copy.deepcopy(other.replay_buffer)
     else:
         model.rollout_buffer = copy.deepcopy(other.rollout_buffer)
         model._rollout_length = getattr(other, "_rollout_length", other.n_steps)
@@ -191,13 +196,16 @@ def test_files_of_sb3_go_on(row: str, variant: str, engine: bool) -> None:
     assert_close(train_from_here(ours), train_from_here(theirs), rtol=0, atol=ATOL if engine else ROUNDING[row])
 
 
-@pytest.mark.parametrize(
-    ("saved", "loads"),
-    [
-        pytest.param(saved, loads, marks=[] if (saved in OFF_POLICY) == (loads in OFF_POLICY) else pytest.mark.slow)
-        for saved, loads in itertools.permutations(EVERY, 2)
-    ],
-)
+def pairs() -> list[Any]:
+    """By default some two in three, drawn, of those that are both on-policy or both not."""
+    found = []
+    for saved, loads in itertools.permutations(EVERY, 2):
+        chosen = (saved in OFF_POLICY) == (loads in OFF_POLICY) and random.Random(f"{saved} {loads}").random() < 2 / 3
+        found.append(pytest.param(saved, loads, marks=[] if chosen else pytest.mark.slow))
+    return found
+
+
+@pytest.mark.parametrize(("saved", "loads"), pairs())
 @pytest.mark.filterwarnings("ignore:rollout='episodes' waits for:UserWarning")  # REINFORCE's rollouts in others
 def test_a_file_of_another_class_is_refused_or_works(saved: str, loads: str) -> None:
     """At once and by a message, not at the first update."""
@@ -812,6 +820,7 @@ def test_several_agents_with_rewards_in_arrays(sloppy: str) -> None:
 
 
 @rows(ON_POLICY)
-@pytest.mark.parametrize("steps", [2e1, np.int64(20), np.float32(20)])
-def test_step_counts_of_any_type(row: str, steps: Any) -> None:
-    assert small_model(row).learn(steps).num_timesteps == small_model(row).learn(20).num_timesteps
+def test_step_counts_of_any_type(row: str) -> None:
+    expected = small_model(row).learn(20).num_timesteps
+    for steps in (2e1, np.int64(20), np.float32(20)):
+        assert small_model(row).learn(steps).num_timesteps == expected

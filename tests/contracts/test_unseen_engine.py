@@ -20,7 +20,20 @@ import pytest
 import torch as th
 from environments import BOX, CONTINUOUS, RandomEnv
 from gymnasium.wrappers import TimeLimit
-from models import CRITICS, EVERY, OFF_POLICY, ON_POLICY, SB3, VARIANTS, WITH_ALPHA, environment, rows, small_model, taking
+from models import (
+    BY_SEGMENTS,
+    CRITICS,
+    EVERY,
+    OFF_POLICY,
+    ON_POLICY,
+    SB3,
+    VARIANTS,
+    WITH_ALPHA,
+    environment,
+    rows,
+    small_model,
+    taking,
+)
 from parallel_environments import Crowd
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -59,14 +72,14 @@ def drawn_by_default(row: str, variant: str) -> bool:
         pytest.param(row, name, marks=[] if drawn_by_default(row, name) else pytest.mark.slow)
         for name, variant in VARIANTS.items()
         for row in variant.rows
-        if row != "reinforce" and name not in ("looks at values", "counts")
+        if row != "reinforce" and name not in ("looks at values", "counts", "linear")
     ],
 )
 def test_updates_are_replayed(row: str, variant: str) -> None:
     """
     Otherwise the other tests of this folder show nothing; on-policy half of them by default.
 
-    Episodes, of which REINFORCE learns, have any length.
+    Episodes, of which REINFORCE learns, have any length; the linear OPAC learns without the engine.
     """
     model = small_model(row, variant).learn(WARM_UP + BEFORE)
     assert_replayed(model)
@@ -75,7 +88,8 @@ def test_updates_are_replayed(row: str, variant: str) -> None:
 def assert_replayed(model: Any) -> None:
     """Each update function with some options; a step that is done once, as K-FAC's cold one, cannot be."""
     others = ("act", "sample", "replay")
-    report = {name: how for name, how in model.engine_report().items() if not name.startswith(others)}
+    report = {name.removeprefix("actor "): how for name, how in model.engine_report().items()}
+    report = {name: how for name, how in report.items() if not name.startswith(others)}
     assert set(report.values()) <= {"replayed", "ordinary: it has run once"}
     functions = [name.partition("(")[0] for name, how in report.items() if how == "replayed"]
     assert {*functions} == {name.partition("(")[0] for name in report} != set()
@@ -95,7 +109,7 @@ def test_updates_are_replayed_again_after_a_change(row: str) -> None:
 def test_actions_of_rollouts_are_replayed(row: str) -> None:
     """AC's are drawn in its updates."""
     report = small_model(row).learn(WARM_UP + BEFORE).engine_report()
-    assert report["sample_actions"] == "replayed"
+    assert report["actor sample" if row in BY_SEGMENTS else "sample_actions"] == "replayed"
 
 
 @rows()
@@ -137,7 +151,7 @@ class Annealing(BaseCallback):
         return True
 
 
-@rows()
+@rows(by_default=("td3x", "sacx", "ppox", "ac", "maddpg", "a3c"))
 def test_annealed_numbers_take_no_memory(row: str) -> None:
     """Eighty values; a recording for each would hold a hundred tensors each."""
     callback = Annealing((50, 130))
@@ -147,7 +161,7 @@ def test_annealed_numbers_take_no_memory(row: str) -> None:
     assert objects_after - objects_before < 1_200
 
 
-@rows((*CRITICS, "ppox"))
+@rows((*CRITICS, "ppox"), by_default=("td3x", "ppox"))
 def test_a_thousand_batch_sizes_take_no_memory(row: str) -> None:
     """Kept for each of them, what one layer of 512 gives would be a gigabyte."""
     model = small_model(row, policy_kwargs={"net_arch": [512]})
@@ -160,7 +174,7 @@ def test_a_thousand_batch_sizes_take_no_memory(row: str) -> None:
     assert live_bytes() - before[1] < 20_000_000
 
 
-@rows(OFF_POLICY)
+@rows(OFF_POLICY, by_default=("td3x", "maddpg"))
 def test_sizes_of_updates_take_bounded_memory(row: str) -> None:
     """Thirty sizes, each often enough to be recorded; kept all, they would take some thirty times what one takes."""
     model = small_model(row).learn(12)
@@ -180,7 +194,7 @@ class Uneven(RandomEnv):
         return super().reset(**kwargs)
 
 
-@rows(taking("rollout_episodes"))
+@rows(taking("rollout_episodes"), by_default=("trpox", "reinforce"))
 def test_episodes_of_any_length_take_bounded_memory(row: str) -> None:
     """Kept for each of twenty sizes, what one layer of 256 gives would be half a megabyte."""
     own = {"rollout": "episodes", "n_steps": 30} if row in taking("rollout") else {}
@@ -285,9 +299,9 @@ def at_once(*functions: Callable[[], Any]) -> list[Any]:
     return results
 
 
-@rows(tuple(row for row in OFF_POLICY if row not in WITH_ALPHA))
+@rows(tuple(row for row in OFF_POLICY if row not in (*WITH_ALPHA, "opac")))
 def test_trainings_in_threads_give_what_they_give_alone(row: str) -> None:
-    """Not SACX, which draws its actions from PyTorch's only generator."""
+    """Not SACX and OPAC, which draw their actions from PyTorch's only generator."""
     lengths = (60, 45, 52)
     alone = [numbers(without_global_draws(row, seed).learn(length)) for seed, length in enumerate(lengths)]
     models = [without_global_draws(row, seed) for seed in range(len(lengths))]
@@ -489,16 +503,22 @@ class Heads(nn.Module):
         super().__init__()
         self.policy = policy
 
+    def features(self, obs: th.Tensor, of: int) -> th.Tensor:
+        """Of the policy (0) or the values (1)."""
+        features = self.policy.extract_features(obs)
+        return features if self.policy.share_features_extractor else features[of]
+
     def mean(self, obs: th.Tensor) -> th.Tensor:
         """Of the actions; PyTorch's distributions look at values, which some transformations of functions do not allow."""
-        features = self.policy.extract_features(obs)
-        features = features if self.policy.share_features_extractor else features[0]
-        return self.policy.action_net(self.policy.mlp_extractor.forward_actor(features))
+        return self.policy.action_net(self.policy.mlp_extractor.forward_actor(self.features(obs, 0)))
 
-    def forward(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """V, and how far actions are from their mean."""
+    def forward(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        """V, how far actions are from their mean, and their advantages where a policy has them."""
         log_std = 0.0 if self.policy.squash_output else self.policy.log_std
-        return self.policy.predict_values(obs), (self.mean(obs) - actions).square() + log_std
+        known = self.policy.predict_values(obs), (self.mean(obs) - actions).square() + log_std
+        if not hasattr(self.policy, "advantage_net"):
+            return known
+        return *known, self.policy.advantages(self.policy.mlp_extractor.forward_critic(self.features(obs, 1)), actions)
 
 
 def critic_of(model: Any) -> nn.Module:
