@@ -29,7 +29,7 @@ from sb3_ac_ext.buffers.segments import Result, SegmentBatch, stacked
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.engine.network import identical
 from sb3_ac_ext.functional.returns import gae
-from sb3_ac_ext.functional.surrogates import squared_error
+from sb3_ac_ext.functional.surrogates import reduced, squared_error
 from sb3_ac_ext.signatures import passed_on
 from sb3_ac_ext.validation import Acts, Needs, NonNegative, Positive, PositiveInt, UnitInterval
 
@@ -115,16 +115,13 @@ class Worker(Actor):
             ends = batch.terminated, batch.truncated
             advantages = gae(batch.rewards, values, next_values, *ends, self.gamma, self.gae_lambda)
             returns = advantages + values
-        policy_loss = self._reduced(-advantages * log_prob)
-        value_loss = self._reduced(0.5 * squared_error(values, returns))
-        entropy_loss = self._reduced(-entropy)
+        policy_loss = reduced(-advantages * log_prob, self.loss_reduction)
+        value_loss = reduced(0.5 * squared_error(values, returns), self.loss_reduction)
+        entropy_loss = reduced(-entropy, self.loss_reduction)
         loss = policy_loss + self.vf_coef * value_loss + self.ent_coef * entropy_loss
         self._engine.differentiate(loss, "policy")
         losses = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy_loss": entropy_loss}
         return {**losses, "values": values, "returns": returns}
-
-    def _reduced(self, terms: th.Tensor) -> th.Tensor:
-        return terms.sum() if self.loss_reduction == "sum" else terms.mean()
 
 
 class A3C(OnPolicyActorsMixin, OnPolicyAlgorithm):

@@ -24,7 +24,7 @@ from sb3_ac_ext.actors.on_policy import OnPolicyActorsMixin
 from sb3_ac_ext.actors.replaying import SegmentReplayMixin
 from sb3_ac_ext.buffers.segments import Segment, SegmentBatch
 from sb3_ac_ext.engine import Network
-from sb3_ac_ext.functional.surrogates import kl_estimate, squared_error
+from sb3_ac_ext.functional.surrogates import kl_estimate, reduced, squared_error
 from sb3_ac_ext.functional.vtrace import vtrace
 from sb3_ac_ext.signatures import passed_on
 from sb3_ac_ext.validation import Acts, ArgumentError, NonNegative, NonNegativeInt, Positive, PositiveInt, UnitInterval
@@ -177,10 +177,10 @@ class IMPALA(SegmentReplayMixin, OnPolicyActorsMixin, OnPolicyAlgorithm):
             pg_rho_bar=self.pg_rho_bar,
             vtrace_lambda=self.vtrace_lambda,
         )
-        policy_loss = self._reduced(-targets.advantages * log_prob)
-        value_loss = self._reduced(0.5 * squared_error(values, targets.values))
-        entropy_loss = self._reduced(-entropy)
-        kl_loss = self._reduced(-log_rho)
+        policy_loss = reduced(-targets.advantages * log_prob, self.loss_reduction)
+        value_loss = reduced(0.5 * squared_error(values, targets.values), self.loss_reduction)
+        entropy_loss = reduced(-entropy, self.loss_reduction)
+        kl_loss = reduced(-log_rho, self.loss_reduction)
         loss = policy_loss + self.vf_coef * value_loss + self.ent_coef * entropy_loss + self.kl_coef * kl_loss
         self._engine.minimise(loss, "policy")
         return {
@@ -193,6 +193,3 @@ class IMPALA(SegmentReplayMixin, OnPolicyActorsMixin, OnPolicyAlgorithm):
             "values": values,
             "targets": targets.values,
         }
-
-    def _reduced(self, terms: th.Tensor) -> th.Tensor:
-        return terms.sum() if self.loss_reduction == "sum" else terms.mean()

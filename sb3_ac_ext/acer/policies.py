@@ -80,7 +80,7 @@ class MlpPolicy(ActorCriticPolicy):
         if self.ortho_init:
             getattr(self, "advantage_net", self.value_net).apply(partial(self.init_weights, gain=1))
         options: dict[str, Any] = self.optimizer_kwargs
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **options)  # type: ignore[call-arg]
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **options)  # type: ignore[call-arg]  # SB3's annotation has no lr
 
     def judge(self, obs: PyTorchObs) -> Judgement:
         """

@@ -198,7 +198,7 @@ def _without_monitor_dir(fn: EnvFn) -> EnvFn:
 # Pickling
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
     """Leaves out the files of Monitors, and refuses what would not be a copy: see the messages."""
 
     references: Mapping[int, int]

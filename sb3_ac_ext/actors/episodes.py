@@ -133,11 +133,11 @@ def no_monitor_files() -> Iterator[None]:
     """Monitors that are made within this context write no file, now and later: two writers would ruin it."""
     with _one_at_a_time:
         original = ResultsWriter.__init__
-        ResultsWriter.__init__ = _write_nothing  # type: ignore[assignment, method-assign]
+        ResultsWriter.__init__ = _write_nothing  # type: ignore[assignment, method-assign]  # Monitors take no writer
         try:
             yield
         finally:
-            ResultsWriter.__init__ = original  # type: ignore[method-assign]
+            ResultsWriter.__init__ = original  # type: ignore[method-assign]  # see above
 
 
 def _write_nothing(writer: ResultsWriter, *args: Any, **kwargs: Any) -> None:

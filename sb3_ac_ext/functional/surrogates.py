@@ -45,6 +45,15 @@ def clipped_surrogate(log_ratio: th.Tensor, advantages: th.Tensor, clip_range: t
     return th.min(ratio * advantages, clipped * advantages)
 
 
+def reduced(terms: th.Tensor, reduction: str) -> th.Tensor:
+    """
+    :param terms: ``(T, N)`` of a loss
+    :param reduction: "sum" or "mean"
+    :return: ``()`` that of all
+    """
+    return terms.sum() if reduction == "sum" else terms.mean()
+
+
 def squared_error(values: th.Tensor, returns: th.Tensor) -> th.Tensor:
     """
     (V - R)^2
