@@ -224,6 +224,17 @@ def test_environments_that_are_given_to_load_are_those_of_actors(row: str, tmp_p
     assert [type(actor.env.unwrapped.envs[0].unwrapped) for actor in loaded._pool.actors] == [Short, Short]
 
 
+def test_actors_that_begin_later_do_not_see_the_same_again() -> None:
+    model = small_model("impala", env=make_vec_env("CartPole-v1", 2), n_actors=2)
+    seen = []
+    for _ in range(2):
+        model._open()
+        seen.append(model._pool.actors[1].observations.copy())
+        model.learn(24, reset_num_timesteps=False)
+        model.close()
+    assert not np.array_equal(*seen)
+
+
 # On Ray
 
 
