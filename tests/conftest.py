@@ -47,6 +47,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in ("test_zoo_cli.py", "test_hook.py"))
 
 
+def pytest_collection_finish() -> None:
+    """What is imported stays, so the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+
+
 @pytest.fixture(scope="session", params=ALGORITHMS, ids=lambda spec: spec.name)
 def spec(request: pytest.FixtureRequest) -> AlgoSpec:
     """Every algorithm of the registry in turn."""

@@ -11,6 +11,7 @@ import gymnasium as gym
 import pytest
 import rl_zoo3
 import yaml
+from models import taken
 from rl_zoo3 import ALGOS
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import get_wrapper_class
@@ -40,6 +41,7 @@ NOISE_KEYS = frozenset({"noise_type", "noise_std"})
 OFF_POLICY = {"learning_starts": 30, "batch_size": 8}
 ON_POLICY = {
     "n_envs": 2,
+    "n_particles": 2,
     "n_steps": 10,
     "batch_size": 10,
     "n_epochs": 2,
@@ -80,13 +82,15 @@ def entries() -> list[Any]:
     """
     Every entry of every file, with its environment.
 
-    By default one environment is trained in for all entries of a file that differ by it, or by the length of training, alone.
+    By default one environment is trained in for all entries of a file that differ by it, by the length of training, or by
+    fractions alone.
     """
     found = []
     for path in FILES:
         seen = []
         for env_id, values in read(path).items():
-            others = {name: value for name, value in values.items() if name != "n_timesteps"}
+            others = {name: type(value) if isinstance(value, float) else value for name, value in values.items()}
+            others.pop("n_timesteps", None)
             again = others in seen and env_id not in untested(path)
             if env_id != "default":
                 marks = [pytest.mark.slow] if again else []
@@ -178,9 +182,12 @@ def test_entry_trains(path: Path, env_id: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(ALGOS, spec.name, spec.cls)
     monkeypatch.chdir(tmp_path)  # MuJoCo writes a log file where it runs
     small = OFF_POLICY if issubclass(spec.cls, OffPolicyAlgorithm) else ON_POLICY
-    override = {name: value for name, value in small.items() if name in arguments_of(spec.cls).keys() | ZOO_KEYS}
+    override = {**{name: value for name, value in small.items() if name in ZOO_KEYS}, **taken(spec.cls, small)}
     if spec.name == "reinforce":
         override["learning_rate"] = 1e-3  # an episode may be all of the training, and a falling rate is 0 behind it
+    if env_id.startswith("ALE/"):
+        override["env_kwargs"] = {"max_num_frames_per_episode": 1000}  # some points of a game, which has 3000 frames or more
+        override["max_rollout_steps"] = 500  # in place of 50000, whose memory takes longer than the steps
     manager = ExperimentManager(
         SimpleNamespace(),
         spec.name,

@@ -2,6 +2,8 @@
 RL Zoo's own commands, unmodified, with the algorithms of the registry.
 
 Each of them trains, goes on and is watched; what the Zoo does around that is tried with one algorithm of each kind.
+
+Commands that start like others, which have an interpreter of their own here, are forks of a process that has imported the Zoo.
 """
 
 import csv
@@ -22,16 +24,23 @@ import numpy as np
 import optuna
 import pytest
 import yaml
+import zoo_commands
 from conftest import Command
-from models import BY_SEGMENTS
+from models import BY_SEGMENTS, taken, taking
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_pkl
 
-from sb3_ac_ext.signatures import arguments_of
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
 ONE_OF_EACH_KIND = [spec for spec in ALGORITHMS if spec.name in ("td3x", "ppox")]
 one_of_each_kind = pytest.mark.parametrize("spec", ONE_OF_EACH_KIND, ids=lambda spec: spec.name, indirect=True)
+whatever_the_kind = pytest.mark.parametrize(
+    "spec",
+    [pytest.param(spec, marks=[pytest.mark.slow] if spec.name == "ppox" else []) for spec in ONE_OF_EACH_KIND],
+    ids=lambda spec: spec.name,
+    indirect=True,
+)
+"""Of what the Zoo does with any algorithm, in processes of its own, which cost several seconds each."""
 
 ENV_ID = "Pendulum-v1"  # its episodes have 200 steps
 STEPS = 1000
@@ -78,15 +87,16 @@ def params(**hyperparams: Any) -> list[str]:
 
 def small(spec: AlgoSpec, **hyperparams: Any) -> list[str]:
     """``-params`` that make a training take a second."""
-    chosen = {"policy_kwargs": {"net_arch": [16]}, "n_envs": 1, **hyperparams}
+    several = spec.name in taking("n_particles")
+    chosen = {"policy_kwargs": {"net_arch": [16]}, **({"n_envs": 2, "n_particles": 2} if several else {"n_envs": 1})}
     of_the_kind = {"learning_starts": 100, "buffer_size": 2000} if is_off_policy(spec) else {"n_steps": 50, "batch_size": 50}
-    chosen |= {name: value for name, value in of_the_kind.items() if name in arguments_of(spec.cls)}
-    return params(**chosen)
+    return params(**{**chosen, **taken(spec.cls, of_the_kind), **hyperparams})
 
 
 OWN_NOISE = {"exploration_noise": {"type": "normal", "start": 0.5, "end": 0.1, "steps": 1000}, "warmup": "noise"}
 
 Train = Callable[..., Run]
+Forked = Callable[..., str]
 
 BY_DEFAULT = {spec.name for spec in ALGORITHMS} - {*BY_SEGMENTS} | {"a3c"}
 """Of those whose rollouts are segments of actors one is enough, which has two."""
@@ -103,11 +113,28 @@ def spec(request: pytest.FixtureRequest) -> AlgoSpec:
 
 
 @pytest.fixture(scope="session")
-def train(python: Command) -> Train:
-    """Trains on Pendulum-v1 in a folder of its own."""
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Forked:
+    """Runs a command of the Zoo in a fork, and gives what it prints."""
 
-    def run(spec: AlgoSpec, root: Path, *args: object, module: str = "rl_zoo3.train", **env: str) -> Run:
+    def run(module: str, *args: object, cwd: Path) -> str:
+        return zoo_commands.run(module, *args, cwd=cwd, output=tmp_path_factory.mktemp("output"))
+
+    with pytest.MonkeyPatch.context() as patch:  # the same as `python` has
+        patch.delenv("SB3_AC_EXT_ZOO", raising=False)
+        patch.setenv("MPLBACKEND", "Agg")
+        patch.setenv("SDL_VIDEODRIVER", "dummy")
+        zoo_commands.start()
+    return run
+
+
+@pytest.fixture(scope="session")
+def train(python: Command, forked: Forked) -> Train:
+    """Trains on Pendulum-v1 in a folder of its own; in an interpreter of its own an algorithm of each kind."""
+
+    def run(spec: AlgoSpec, root: Path, *args: object, module: str = "rl_zoo3.train", fork: bool = False, **env: str) -> Run:
         common = ("--algo", spec.name, "--env", ENV_ID, "--num-threads", 1, "--seed", 1, "--eval-episodes", 1)
+        if fork or spec not in ONE_OF_EACH_KIND:
+            return Run(spec, root, forked(module, *common, *args, cwd=root))
         return Run(spec, root, python("-m", module, *common, *args, cwd=root, **env).stdout)
 
     return run
@@ -122,8 +149,8 @@ def trained(spec: AlgoSpec, train: Train, tmp_path_factory: pytest.TempPathFacto
 
 def test_training_writes_the_zoos_files(trained: Run) -> None:
     assert f"hyperparams/{trained.spec.name}.yml" in trained.printed
-    actors = trained.hyperparams().get("n_actors", 1)  # each with an environment
-    assert trained.episodes() == actors * (STEPS // actors // 200)
+    actors, envs = (trained.hyperparams().get(name, 1) for name in ("n_actors", "n_envs"))  # each actor with an environment
+    assert trained.episodes() == actors * (STEPS // (actors * envs) // 200)
     assert trained.data["num_timesteps"] == STEPS
     assert {path.name for path in trained.folder.glob("*.zip")} == {
         f"{ENV_ID}.zip",
@@ -153,13 +180,13 @@ def test_continues_from_the_zip_with_its_replay_buffer(trained: Run, train: Trai
 
 def test_given_noise_goes_before_that_of_the_default_file(train: Train, tmp_path: Path) -> None:
     spec = next(spec for spec in ALGORITHMS if spec.name == "td3x")
-    run = train(spec, tmp_path, "-n", 150, *small(spec, **OWN_NOISE))
+    run = train(spec, tmp_path, "-n", 150, *small(spec, **OWN_NOISE), fork=True)
     assert "Dropped noise_type='normal', noise_std=0.1: excluded by exploration_noise" in run.printed
     assert OWN_NOISE.items() <= run.hyperparams().items() and "noise_type" not in run.hyperparams()
     assert OWN_NOISE.items() <= run.data.items()
 
 
-@one_of_each_kind
+@whatever_the_kind
 def test_several_environments_in_processes_of_their_own(spec: AlgoSpec, train: Train, tmp_path: Path) -> None:
     run = train(spec, tmp_path, "-n", 400, "--vec-env", "subproc", "-tb", "tb", *small(spec, n_envs=2))
     assert run.data["n_envs"] == 2 and run.data["num_timesteps"] == 400
@@ -168,7 +195,7 @@ def test_several_environments_in_processes_of_their_own(spec: AlgoSpec, train: T
     assert events.stat().st_size > 0
 
 
-@one_of_each_kind
+@whatever_the_kind
 def test_ctrl_c_saves(spec: AlgoSpec, tmp_path: Path) -> None:
     command = (
         "-u",
@@ -203,16 +230,17 @@ def test_ctrl_c_saves(spec: AlgoSpec, tmp_path: Path) -> None:
     assert spec.cls.load(run.zip)._n_updates > 0
 
 
-def test_enjoy(trained: Run, python: Command) -> None:
-    watch = ("--algo", trained.spec.name, "--env", ENV_ID, "-f", "logs", "-n", 400, "--no-render")
-    shown = python("-m", "rl_zoo3.enjoy", *watch, cwd=trained.root).stdout
+def test_enjoy(trained: Run, python: Command, forked: Forked) -> None:
+    watch = ("rl_zoo3.enjoy", "--algo", trained.spec.name, "--env", ENV_ID, "-f", "logs", "-n", 400, "--no-render")
+    started = trained.spec in ONE_OF_EACH_KIND
+    shown = python("-m", *watch, cwd=trained.root).stdout if started else forked(*watch, cwd=trained.root)
     assert "2 Episodes" in shown and "Mean reward: -" in shown
 
 
-@one_of_each_kind
-def test_record_video(trained: Run, python: Command, tmp_path: Path) -> None:
+@whatever_the_kind
+def test_record_video(trained: Run, forked: Forked, tmp_path: Path) -> None:
     record = ("--algo", trained.spec.name, "--env", ENV_ID, "-f", "logs", "-n", 20, "-o", tmp_path)
-    python("-m", "rl_zoo3.record_video", *record, cwd=trained.root)
+    forked("rl_zoo3.record_video", *record, cwd=trained.root)
     (video,) = tmp_path.glob("*.mp4")
     frames, seconds = imageio_ffmpeg.count_frames_and_secs(video)
     assert frames >= 20 and seconds > 0
@@ -245,7 +273,7 @@ json.dump(shown, open(out + "/shown.json", "w"))
 """
 
 
-@one_of_each_kind
+@whatever_the_kind
 def test_plots_draw(trained: Run, python: Command, tmp_path: Path) -> None:
     for number in (1, 2):  # plot_from_file leaves out what has been run only once
         shutil.copytree(trained.folder, tmp_path / "logs" / trained.spec.name / f"{ENV_ID}_{number}")
@@ -273,7 +301,7 @@ SEARCH = ("-optimize", "-n", 150, "--n-trials", 2, "--n-evaluations", 1, "--samp
 
 @one_of_each_kind
 def test_search_in_memory(spec: AlgoSpec, train: Train, tmp_path: Path) -> None:
-    run = train(spec, tmp_path, *SEARCH, *small(spec))
+    run = train(spec, tmp_path, *SEARCH, *small(spec), fork=True)
     assert "Best trial:" in run.printed
     (report,) = (tmp_path / "logs" / spec.name).glob("report_*.csv")
     with report.open() as lines:
@@ -294,8 +322,8 @@ def test_search_in_memory(spec: AlgoSpec, train: Train, tmp_path: Path) -> None:
 def test_search_in_a_storage_then_train_a_trial(spec: AlgoSpec, train: Train, tmp_path: Path, storage: str) -> None:
     study = ("--storage", storage, "--study-name", "s")
     noise = OWN_NOISE if is_off_policy(spec) else {}
-    train(spec, tmp_path, *SEARCH, *study, *small(spec, **noise))
-    run = train(spec, tmp_path, "-n", 150, *study, "--trial-id", 1, *params(n_envs=1, **noise))
+    train(spec, tmp_path, *SEARCH, *study, *small(spec, **noise), fork=True)
+    run = train(spec, tmp_path, "-n", 150, *study, "--trial-id", 1, *params(n_envs=1, **noise), fork=True)
     assert "Loading from Optuna study..." in run.printed
     assert noise.items() <= run.data.items()
 
@@ -309,13 +337,13 @@ def test_search_in_a_storage_then_train_a_trial(spec: AlgoSpec, train: Train, tm
     assert {name: value for name, value in run.hyperparams().items() if name in expected} == expected
 
 
-@one_of_each_kind
+@whatever_the_kind
 def test_opt_out_hides_the_name(spec: AlgoSpec, python: Command, tmp_path: Path) -> None:
     refused = python("-m", "rl_zoo3.train", "--algo", spec.name, cwd=tmp_path, status=2, SB3_AC_EXT_ZOO="0")
     assert f"invalid choice: '{spec.name}'" in refused.stderr
 
 
-@one_of_each_kind
+@whatever_the_kind
 def test_own_commands_work_without_the_hook(spec: AlgoSpec, train: Train, python: Command, tmp_path: Path) -> None:
     run = train(spec, tmp_path, "-n", 200, *small(spec), module="sb3_ac_ext.train", SB3_AC_EXT_ZOO="0")
     assert run.data["num_timesteps"] == 200

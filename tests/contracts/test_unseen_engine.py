@@ -12,6 +12,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from models import (
     VARIANTS,
     WITH_ALPHA,
     environment,
+    policy_of,
     rows,
     small_model,
     taking,
@@ -335,7 +337,7 @@ def test_an_error_leaves_the_process_as_it_was(row: str) -> None:
     before = process_state()
     for step in (11, 12, 13, 14, 30):
         model = small_model(row).learn(step)
-        critic = model.critic if row in OFF_POLICY else model.policy.value_net
+        critic = model.critic if row in OFF_POLICY else policy_of(model).value_net
         critic = critic.qf0 if row == "d4pg" else critic  # which is asked for more than its values
         original = critic.forward
 
@@ -477,17 +479,24 @@ def test_anomaly_mode_names_the_operation(row: str, engine: bool) -> None:
 # Gradients that users take
 
 
-@pytest.fixture
-def smooth_model(request: pytest.FixtureRequest) -> Any:
-    """Makes models whose second derivatives are not zero, trained for a while and then in float64."""
+@cache
+def trained_in_float64(row: str) -> Any:
+    """Its second derivatives are not zero. One for all tests that only differentiate it."""
+    model = small_model(row, policy_kwargs={"activation_fn": nn.Tanh}).learn(30)
+    model.policy.double()
+    return model
 
-    def make(row: str) -> Any:
-        model = small_model(row, policy_kwargs={"activation_fn": nn.Tanh}).learn(30)
-        model.policy.double()
+
+@pytest.fixture
+def smooth_model(request: pytest.FixtureRequest) -> Callable[[str], Any]:
+    """Gives `trained_in_float64`, and lets it be asked in float64."""
+
+    def get(row: str) -> Any:
+        model = trained_in_float64(row)
         request.getfixturevalue("double_precision")
         return model
 
-    return make
+    return get
 
 
 def inputs(model: Any, n: int = 5) -> tuple[th.Tensor, th.Tensor]:
@@ -523,7 +532,7 @@ class Heads(nn.Module):
 
 def critic_of(model: Any) -> nn.Module:
     """A module of observations and actions with several outputs."""
-    return model.critic if isinstance(model, OffPolicyAlgorithm) else Heads(model.policy)
+    return model.critic if isinstance(model, OffPolicyAlgorithm) else Heads(policy_of(model))
 
 
 def value(model: Any, parameters: dict[str, th.Tensor] | None, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
@@ -538,7 +547,7 @@ def action(model: Any, obs: th.Tensor) -> th.Tensor:
     """The greedy action."""
     if isinstance(model, OffPolicyAlgorithm):
         return model.policy._predict(obs, deterministic=True)
-    return Heads(model.policy).mean(obs)
+    return Heads(policy_of(model)).mean(obs)
 
 
 def close(actual: th.Tensor, expected: th.Tensor, atol: float = 1e-10) -> None:
@@ -618,7 +627,7 @@ def test_hessians_are_difference_quotients_of_gradients(row: str, smooth_model: 
 
 @rows()
 def test_gradient_penalties_reach_the_parameters(row: str, smooth_model: Any) -> None:
-    model = smooth_model(row)
+    model = copy.deepcopy(smooth_model(row))  # whose parameters are moved
     obs, actions = inputs(model)
     parameters = list(critic_of(model).parameters())
 
