@@ -79,17 +79,17 @@ class Steps:
             self.gradients = [th.zeros_like(p) for p in self.parameters]
         self.rate = th.zeros((), dtype=th.float64 if first.device.type == "cpu" else th.float32, device=first.device)
         self.counts: th.Tensor | None = None
-        self._count_views: tuple[th.Tensor, ...] = ()
+        self.count_views: tuple[th.Tensor, ...] = ()
 
     def bind(self, network: Network) -> None:
         """Give the counters in the state of an Adam optimizer their place in one tensor."""
         states = [network.optimizer.state[p] for p in self.parameters if "step" in network.optimizer.state.get(p, {})]
         counts = [state["step"] for state in states]
-        if states and is_adam(network.optimizer) and not identical(counts, self._count_views):
+        if states and is_adam(network.optimizer) and not identical(counts, self.count_views):
             # the fused step wants them there
             self.counts = th.stack([count.to(self.rate.device, th.float32) for count in counts])
-            self._count_views = self.counts.unbind()
-            for state, count in zip(states, self._count_views, strict=True):
+            self.count_views = self.counts.unbind()
+            for state, count in zip(states, self.count_views, strict=True):
                 state["step"] = count
 
     def tensors(self) -> list[th.Tensor]:
@@ -197,7 +197,7 @@ def _recorded_step(network: Network, steps: Steps, tape: Tape) -> None:
     elif not type(optimizer).__module__.startswith("torch.optim"):
         raise RefusedError(f"a {type(optimizer).__name__}, which may do anything in a step")
     else:
-        tape.call(partial(_plain_step, optimizer, [(p, p.grad) for p in network.parameters if p.grad is not None]))
+        tape.call(partial(_plain_step, optimizer, [(p, p.grad) for p in network.parameters]))
 
 
 def _has_one_layout(network: Network) -> bool:
@@ -210,7 +210,7 @@ def _has_one_layout(network: Network) -> bool:
     return True
 
 
-def _plain_step(optimizer: th.optim.Optimizer, gradients: Sequence[tuple[nn.Parameter, th.Tensor]]) -> None:
+def _plain_step(optimizer: th.optim.Optimizer, gradients: Sequence[tuple[nn.Parameter, th.Tensor | None]]) -> None:
     for parameter, gradient in gradients:
         parameter.grad = gradient
     with th.inference_mode(False):
@@ -241,7 +241,7 @@ def _fused_adam(network: Network, steps: Steps, tape: Tape) -> None:
             for tensor in tensors([steps.tensors(), *(state[p] for p in trained)]):
                 tape.watch(tensor)
     counts = [state[p]["step"] for p in trained]
-    if steps.counts is not None and len(counts) == len(steps.counts):
+    if steps.counts is not None and identical(counts, steps.count_views):
         steps.counts.add_(1)
     else:
         th._foreach_add_(counts, 1)
