@@ -22,7 +22,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_ac_ext.base.on_policy import OnPolicyMixin
-from sb3_ac_ext.base.schedules import Rate, as_schedule
+from sb3_ac_ext.base.schedules import Rate, as_schedule, check_default
 from sb3_ac_ext.buffers.rollouts import Samples, minibatches
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.surrogates import (
@@ -191,8 +191,8 @@ class PPOX(OnPolicyMixin, PPO):
         self.value_stop_mse = value_stop_mse
         if _init_setup_model:
             self._setup_model()
-            if surrogate == "penalty":
-                check_clip_range_is_default(clip_range)  # only here: RL Zoo's enjoy loads a model with another one
+            if surrogate == "penalty":  # only here: RL Zoo's enjoy loads a model with another one
+                check_default("clip_range", clip_range, 0.2, 'surrogate="clip", got surrogate="penalty"')
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
@@ -393,13 +393,3 @@ def check_batch_size(batch_size: Any, normalize_advantage: Any) -> None:
     """
     if normalize_advantage is True:  # what is no bool is refused elsewhere
         check_number("batch_size with normalize_advantage=True", batch_size, low=2, integer=True)
-
-
-def check_clip_range_is_default(clip_range: Any) -> None:
-    """
-    :param clip_range: argument of `PPOX`, or what RL Zoo makes of it
-    :raises ValueError: if it is not 0.2
-    """
-    schedule = as_schedule("clip_range", clip_range)
-    if {schedule(1.0), schedule(0.0)} != {0.2}:
-        raise ArgumentError(f'clip_range is an option of surrogate="clip", got {clip_range!r} with surrogate="penalty"')

@@ -11,23 +11,19 @@ REINFORCE with or without a baseline (Williams 1992; Sutton and Barto 2018, sect
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ac_ext.base.on_policy import OnPolicyMixin
+from sb3_ac_ext.base.episodes import EpisodesMixin
 from sb3_ac_ext.base.schedules import Rate
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.functional.returns import episode_discounts
 from sb3_ac_ext.functional.surrogates import normalized, squared_error
 from sb3_ac_ext.networks.actor_critic import SEPARATE_POLICIES, separate_optimizers
 from sb3_ac_ext.signatures import passed_on
-from sb3_ac_ext.validation import Acts, ArgumentError, Needs, PositiveInt
+from sb3_ac_ext.validation import Acts, Needs, PositiveInt
 
 
 class Episodes(NamedTuple):
@@ -43,7 +39,7 @@ class Episodes(NamedTuple):
     """``(B,)`` gamma^t; None where steps are not weighted"""
 
 
-class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
+class Reinforce(EpisodesMixin, OnPolicyAlgorithm):
     """
     REINFORCE, with a learned baseline unless ``use_baseline=False``.
 
@@ -72,7 +68,6 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
 
     sb3_class = OnPolicyAlgorithm
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = SEPARATE_POLICIES
-    rollout_limit = "max_rollout_steps"
 
     def __init__(
         self,
@@ -103,7 +98,7 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
     ) -> None:
         super().__init__(
             **passed_on(Reinforce, locals()),
-            n_steps=1,  # see _check_time_limit
+            n_steps=1,  # see EpisodesMixin._check_time_limit
             gae_lambda=1.0,  # all rewards to the end of the episode
             vf_coef=0.0,  # the baseline has its own rate
             rollout="episodes",
@@ -119,22 +114,6 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
         if _init_setup_model:
             self._setup_model()
 
-    @property
-    def _share(self) -> int:
-        """Episodes of each environment in a rollout."""
-        return -(-int(self.rollout_episodes) // self.n_envs)
-
-    def _check_time_limit(self) -> None:
-        """Without a bound there may be no end to the first rollout; the buffer has room for the longest one."""
-        assert self.env is not None
-        limit = time_limit(self.env)
-        if self.max_rollout_steps is None and limit is None:
-            raise ArgumentError(
-                "max_rollout_steps must be an integer >= 1 for an environment without a time limit, whose episodes may never "
-                "end, got None; give it, or wrap the environment in gymnasium.wrappers.TimeLimit"
-            )
-        self.n_steps = self.max_rollout_steps or self._share * limit  # type: ignore[operator]  # one is there
-
     def _make_optimizers(self) -> None:
         separate_optimizers(self.policy, self.lr_schedule(1), "Reinforce")
 
@@ -145,25 +124,6 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
             rate = self.baseline_learning_rate
             networks["baseline"] = self._network("baseline", policy, policy.value_optimizer, rate=rate)
         return networks
-
-    # Rollouts
-
-    def collect_rollouts(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
-    ) -> bool:
-        """See `OnPolicyMixin.collect_rollouts`; as many steps as the arguments ask for now."""
-        self._check_time_limit()
-        return super().collect_rollouts(env, callback, rollout_buffer, self.n_steps)
-
-    def _has_enough(self, finished: np.ndarray) -> bool:
-        return bool(finished.min() >= self._share)
-
-    def _finished(self, buffer: RolloutBuffer) -> np.ndarray:
-        episode = np.cumsum(buffer.episode_starts[: self._rollout_length], axis=0)  # (T, N), from 1
-        return super()._finished(buffer) & (episode <= self._share)
-
-    def _bootstrapped(self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
-        return super()._bootstrapped(rewards, dones, infos) if self.bootstrap_truncated else rewards
 
     # Updates
 
@@ -210,11 +170,3 @@ class Reinforce(OnPolicyMixin, OnPolicyAlgorithm):
     def _record_explained_variance(self) -> None:
         if self.use_baseline:
             super()._record_explained_variance()
-
-
-def time_limit(env: VecEnv) -> int | None:
-    """
-    :param env: environments
-    :return: the most steps of an episode; None if one of them has no ``gymnasium.wrappers.TimeLimit``
-    """
-    return max(env.get_attr("_max_episode_steps")) if env.has_attr("_max_episode_steps") else None

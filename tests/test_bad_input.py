@@ -224,8 +224,8 @@ VALUES: Cases = {
         ({"kl_coef": 1.0}, r"kl_coef=1.0 needs surrogate='penalty', got surrogate='clip'"),
         ({**PENALTY, "kl_target": 0}, r"kl_target must be a number >= .*, got 0"),
         ({**PENALTY, "kl_coef": -1}, r"kl_coef must be a number >= 0 or None, got -1"),
-        ({**PENALTY, "clip_range": 0.1}, r"clip_range is an option of surrogate=\"clip\", got 0.1"),
-        ({**PENALTY, "clip_range": "lin_0.2"}, r"clip_range is an option of surrogate=\"clip\", got 'lin_0.2'"),
+        ({**PENALTY, "clip_range": 0.1}, r"clip_range=0.1 needs surrogate=\"clip\""),
+        ({**PENALTY, "clip_range": "lin_0.2"}, r"clip_range='lin_0.2' needs surrogate=\"clip\""),
         *several(
             [
                 *("policy_epochs", "value_epochs", "policy_sample_ratio", "value_sample_ratio"),
@@ -285,7 +285,7 @@ VALUES: Cases = {
 
 SWITCHES = {
     "sacx": ("value_network", "exact_log_prob", "use_sde", "use_sde_at_warmup", "engine"),
-    "maddpg": ("centralised",),
+    "maddpg": ("centralised", "inferred_policies"),
     "trpox": ("normalize_advantage",),
     "ppox": ("normalize_advantage", "separate_phases", "drop_unfinished_episodes", "use_sde", "engine"),
     "reinforce": ("use_baseline", "bootstrap_truncated", "gamma_t_weight", "normalize_advantage", "use_sde", "engine"),

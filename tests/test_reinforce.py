@@ -20,8 +20,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
 from sb3_ac_ext import PPOX, Reinforce
+from sb3_ac_ext.base.episodes import time_limit
 from sb3_ac_ext.networks.actor_critic import policy_parameters, value_parameters
-from sb3_ac_ext.reinforce import time_limit
 from sb3_ac_ext.validation import NonFiniteError
 
 SMALL: dict[str, Any] = {"net_arch": [8, 8]}

@@ -1,7 +1,7 @@
 """What the on-policy algorithms share besides the updates: rollouts, their samples, argument checks."""
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -209,25 +209,40 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
         if outputs is not None:
             return outputs["actions"], th.from_numpy(outputs["values"]), th.from_numpy(outputs["log_prob"])
         with self._acting_lock, th.no_grad():
-            actions, values, log_prob = self.policy(obs_as_tensor(obs, self.device))
+            actions, values, log_prob = self._step_of_policy(obs_as_tensor(obs, self.device))
         return actions.cpu().numpy(), values, log_prob
 
     def _sample_actions(self, batch: tuple[Any]) -> dict[str, th.Tensor]:
         with self._acting_lock:
-            actions, values, log_prob = self.policy(batch[0])
+            actions, values, log_prob = self._step_of_policy(batch[0])
         return {"actions": actions, "values": values, "log_prob": log_prob}
+
+    def _step_of_policy(self, obs: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """For what the environments show ``(N, ...)`` sampled actions, ``(N, 1)`` values, ``(N,)`` log-probabilities."""
+        step: tuple[th.Tensor, th.Tensor, th.Tensor] = self.policy(obs)
+        return step
 
     def _values(self, obs: Any) -> th.Tensor:
         """``(N, 1)`` V of what the environments show."""
         with th.no_grad():
             return self.policy.predict_values(obs_as_tensor(obs, self.device))
 
+    def _policy_of(self, env: int) -> ActorCriticPolicy:
+        """The policy that acts in an environment."""
+        return self.policy
+
+    @property
+    def _policies(self) -> Sequence[ActorCriticPolicy]:
+        """All policies that act."""
+        return [self.policy]
+
     def _bootstrapped(self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
         """``(N,)`` rewards, with what the last observation of a truncated episode is worth."""
         rewards = np.array(rewards)
         for i, obs in truncated(dones, infos):
+            policy = self._policy_of(i)
             with th.no_grad():
-                value = (float(self.gamma) * self.policy.predict_values(self.policy.obs_to_tensor(obs)[0])).item()
+                value = (float(self.gamma) * policy.predict_values(policy.obs_to_tensor(obs)[0])).item()
             if not np.isfinite(value):
                 check_finite("last observation of an episode", obs, np.full(len(np.shape(obs)) + 1, i))
             rewards[i] += value
@@ -311,10 +326,12 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
             self._check_observations(error)
             raise
         with self._acting_lock:
-            forget_distribution(self.policy)
+            for policy in self._policies:
+                forget_distribution(policy)
         self._record_explained_variance()
-        if isinstance(log_std := getattr(self.policy, "log_std", None), th.Tensor):
-            self.logger.record("train/std", log_std.detach().exp().mean().item())
+        own = [getattr(policy, "log_std", None) for policy in self._policies]
+        if deviations := [log_std.detach().exp().mean() for log_std in own if isinstance(log_std, th.Tensor)]:
+            self.logger.record("train/std", th.stack(deviations).mean().item())
 
     def _check_observations(self, cause: NonFiniteError) -> None:
         """Name the environment where an update failed for its observations: a saturated layer hides them until then."""
@@ -329,15 +346,19 @@ class OnPolicyMixin(TrainingMixin, CheckpointMixin, OnPolicyAlgorithm):
 
     def _check_finite(self, means: Mapping[str, float]) -> None:
         super()._check_finite(means)
-        log_std, distribution = getattr(self.policy, "log_std", None), getattr(self.policy, "action_dist", None)
-        if isinstance(log_std, th.Tensor):
-            std = getattr(distribution, "get_std", th.exp)(log_std.detach())  # gSDE has its own
-            for value in (std.max().item(), std.min().item()):
-                if not value < np.inf or (value == 0 and not self.use_sde):
-                    raise NonFiniteError(
-                        f"{type(self).__name__}: the standard deviation of actions became {value} by update "
-                        f"{self._n_updates}; lower the learning rate or ent_coef, or set max_grad_norm"
-                    )
+        for policy in self._policies:
+            log_std, distribution = getattr(policy, "log_std", None), getattr(policy, "action_dist", None)
+            if isinstance(log_std, th.Tensor):
+                std = getattr(distribution, "get_std", th.exp)(log_std.detach())  # gSDE has its own
+                self._check_deviation(std.max().item())
+                self._check_deviation(std.min().item())
+
+    def _check_deviation(self, value: float) -> None:
+        if not value < np.inf or (value == 0 and not self.use_sde):
+            raise NonFiniteError(
+                f"{type(self).__name__}: the standard deviation of actions became {value} by update "
+                f"{self._n_updates}; lower the learning rate or ent_coef, or set max_grad_norm"
+            )
 
     def _record_explained_variance(self) -> None:
         buffer, kept = self.rollout_buffer, self._kept

@@ -45,5 +45,18 @@ def as_schedule(name: str, value: Any) -> FloatSchedule:
     return schedule
 
 
+def check_default(name: str, value: Any, default: float, needs: str) -> None:
+    """
+    :param name: the argument's name
+    :param value: as for `as_schedule`, or what RL Zoo makes of it
+    :param default: the argument's
+    :param needs: what another value needs, and what there is, the end of the message
+    :raises ValueError: if it is another value
+    """
+    schedule = as_schedule(name, value)
+    if {schedule(1.0), schedule(0.0)} != {default}:
+        raise ArgumentError(f"{name}={shown(value)} needs {needs}")
+
+
 Rate = Annotated[float | str | Schedule, Syntax(LEGAL, as_schedule)]
 """A learning rate, or another quantity that may follow the remaining progress."""

@@ -1,7 +1,7 @@
 """What algorithms share that train by the engine: rates, bounds, the log, acting, and what a model leaves behind."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
@@ -207,7 +207,7 @@ class TrainingMixin(BaseAlgorithm):
         """
         if not self.engine:
             return {"engine": "engine=False"}
-        obstacle = self._acting_obstacle()
+        obstacle = self._acting_obstacle(self.policy)
         return self._engine.report() | ({} if obstacle is None else {"act": f"ordinary: {obstacle}"})
 
     # Acting
@@ -229,16 +229,24 @@ class TrainingMixin(BaseAlgorithm):
         :return: action or ``(N, ...)`` actions in the environment's range, and ``state``
         :raises ValueError: for an observation that is not of the environment's space, and where SB3 raises it
         """
-        actions = self._replayed_actions(observation, deterministic)
+        actions = self._replayed_actions(self.policy, observation, deterministic)
         if actions is None:
             with self._acting_lock:
                 return super().predict(observation, state, episode_start, deterministic)
         return actions, state
 
-    def _replayed_actions(self, observation: Any, deterministic: bool) -> np.ndarray | None:
-        """The action or actions; None where SB3's ordinary path is to be taken."""
-        policy, shape = self.policy, self.observation_space.shape
-        if not self.engine or type(observation) is not np.ndarray or self._acting_obstacle() is not None:
+    def _replayed_actions(
+        self, policy: BasePolicy, observation: Any, deterministic: bool, *options: Hashable
+    ) -> np.ndarray | None:
+        """
+        :param policy: that acts
+        :param observation: see `predict`
+        :param deterministic: see `predict`
+        :param options: what `_act` takes besides
+        :return: the action or actions; None where SB3's ordinary path is to be taken
+        """
+        shape = self.observation_space.shape
+        if not self.engine or type(observation) is not np.ndarray or self._acting_obstacle(policy) is not None:
             return None
         single = observation.shape == shape
         batch = observation[None] if single else observation
@@ -246,7 +254,7 @@ class TrainingMixin(BaseAlgorithm):
             return None
         if policy.training:
             self._set_training_mode(False)
-        outputs = self._engine.evaluate(self._act, (batch,), bool(deterministic))
+        outputs = self._engine.evaluate(self._act, self._acting_batch(batch), bool(deterministic), *options)
         if outputs is None:
             return None
         actions = outputs["actions"].reshape(-1, *self.action_space.shape)  # type: ignore[misc]  # a Box has one
@@ -256,9 +264,9 @@ class TrainingMixin(BaseAlgorithm):
             actions = np.clip(actions, self.action_space.low, self.action_space.high)
         return actions.squeeze(axis=0) if single else actions
 
-    def _acting_obstacle(self) -> str | None:
-        """Why actions do not follow from the policy's networks and an observation of numbers alone; None if they do."""
-        space, kind = self.observation_space, type(self.policy)
+    def _acting_obstacle(self, policy: BasePolicy) -> str | None:
+        """Why actions do not follow from a policy's networks and an observation of numbers alone; None if they do."""
+        space, kind = self.observation_space, type(policy)
         if self._flat_space[0] is not space:
             self._flat_space = space, isinstance(space, spaces.Box) and not is_image_space(space)
         if not self._flat_space[1]:
@@ -269,7 +277,11 @@ class TrainingMixin(BaseAlgorithm):
             return f"a {kind.__name__} acts in its own way"
         return None if self.device.type == "cpu" else f"the device is {self.device}"
 
-    def _act(self, batch: tuple[th.Tensor], deterministic: bool) -> dict[str, th.Tensor]:
+    def _acting_batch(self, observations: np.ndarray) -> tuple[np.ndarray, ...]:
+        """What `_act` computes actions of, ``(N, ...)`` each."""
+        return (observations,)
+
+    def _act(self, batch: tuple[th.Tensor, ...], deterministic: bool) -> dict[str, th.Tensor]:
         with self._acting_lock:
             return {"actions": self.policy._predict(batch[0], deterministic)}
 

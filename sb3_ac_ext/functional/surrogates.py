@@ -7,13 +7,14 @@ def normalized(advantages: th.Tensor, epsilon: float = 1e-8) -> th.Tensor:
     """
     Advantages with mean 0 and standard deviation 1 (of a sample: divided by B - 1).
 
-    :param advantages: ``(B,)`` in reward units; a single one is returned as it is
+    :param advantages: ``(B,)`` in reward units, or ``(n, B)``, each row for itself; a single one is returned as it is
     :param epsilon: added to the standard deviation
-    :return: ``(B,)``
+    :return: the same number of them
     """
-    if len(advantages) < 2:
+    if advantages.shape[-1] < 2:
         return advantages
-    return (advantages - advantages.mean()) / (advantages.std() + epsilon)
+    centred = advantages - advantages.mean(dim=-1, keepdim=True)
+    return centred / (advantages.std(dim=-1, keepdim=True) + epsilon)
 
 
 def surrogate(log_ratio: th.Tensor, advantages: th.Tensor) -> th.Tensor:

@@ -68,7 +68,7 @@ class BehaviourMixin(OffPolicyMixin, OffPolicyAlgorithm):
         assert self._last_obs is not None
         flat = actions.reshape(len(actions), -1).astype(np.float32 if isinstance(self.action_space, spaces.Box) else np.int64)
         outputs = None
-        if isinstance(self._last_obs, np.ndarray) and self.engine and self._acting_obstacle() is None:
+        if isinstance(self._last_obs, np.ndarray) and self.engine and self._acting_obstacle(self.policy) is None:
             outputs = self._engine.evaluate(self._behaviour_log_prob, (self._last_obs, flat))
         if outputs is not None:
             return outputs["log_probs"].flatten()

@@ -16,7 +16,7 @@ With ``value_network=True`` (Haarnoja et al. 2018, arXiv:1801.01290, Algorithm 1
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
@@ -331,7 +331,7 @@ class SACX(OffPolicyMixin, SAC):
             return squashed_gaussian(mean, std.log(), distribution.get_noise(sde["latent_sde"]) / std)
         return squashed_gaussian(mean, log_std, th.empty_like(mean).normal_())
 
-    def _act(self, batch: tuple[th.Tensor], deterministic: bool) -> dict[str, th.Tensor]:
+    def _act(self, batch: tuple[th.Tensor, ...], deterministic: bool) -> dict[str, th.Tensor]:
         """What SB3's distribution gives, from the same random numbers, in a third of the operations."""
         kinds = type(self.policy)._predict, type(self.actor).forward, type(self.actor.action_dist)
         if kinds != (SACPolicy._predict, Actor.forward, SquashedDiagGaussianDistribution):
@@ -340,12 +340,14 @@ class SACX(OffPolicyMixin, SAC):
         u = mean if deterministic else mean + log_std.exp() * th.empty_like(mean).normal_()
         return {"actions": th.tanh(u)}
 
-    def _replayed_actions(self, observation: Any, deterministic: bool) -> np.ndarray | None:
-        actions = super()._replayed_actions(observation, deterministic)
+    def _replayed_actions(
+        self, policy: BasePolicy, observation: Any, deterministic: bool, *options: Hashable
+    ) -> np.ndarray | None:
+        actions = super()._replayed_actions(policy, observation, deterministic, *options)
         return None if actions is None or math.isnan(actions.sum()) else actions  # SB3 raises an error for NaN
 
-    def _acting_obstacle(self) -> str | None:
-        return "gSDE draws its noise elsewhere" if self.use_sde else super()._acting_obstacle()
+    def _acting_obstacle(self, policy: BasePolicy) -> str | None:
+        return "gSDE draws its noise elsewhere" if self.use_sde else super()._acting_obstacle(policy)
 
     @classmethod
     def load(cls, path: Any, *args: Any, **kwargs: Any) -> Self:
