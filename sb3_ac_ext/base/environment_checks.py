@@ -1,11 +1,10 @@
 """Whether what environments gave is finite, and which of them it was where it is not."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
@@ -30,26 +29,39 @@ def check_finite(what: str, values: Any, envs: np.ndarray, env_axis: int = 0, ca
             ) from cause
 
 
-def check_transition(algorithm: BaseAlgorithm, observations: Any, rewards: np.ndarray) -> None:
+def check_transition(
+    acts_finitely: Callable[[Any], bool],
+    observations: Any,
+    rewards: np.ndarray,
+    dones: np.ndarray,
+    infos: list[dict[str, Any]],
+) -> None:
     """
     A policy may know what to do with an observation that is not finite; what it makes of it has to be finite.
 
-    :param algorithm: that is about to store a step of its environments
-    :param observations: ``(N, ...)`` what they show now
+    :param acts_finitely: whether what the policy makes of ``(n, ...)`` observations is finite
+    :param observations: ``(N, ...)`` what environments show now
     :param rewards: ``(N,)``
-    :raises NonFiniteError: if a reward is not finite, or the policy's action at an observation
+    :param dones: ``(N,)`` whose episode is over, so that its last observation is in the info
+    :param infos: of the step
+    :raises NonFiniteError: if a reward is not finite, or what the policy makes of an observation
     """
-    envs = np.arange(algorithm.n_envs)
-    check_finite("reward", rewards, envs)
-    try:
-        check_finite("observation", observations, envs)
-    except NonFiniteError as error:
+    check_finite("reward", rewards, np.arange(len(rewards)))
+    shown = [("observation", observations, np.arange(len(rewards)))]
+    for i in np.flatnonzero(dones):
+        if (last := infos[i].get("terminal_observation")) is not None:
+            one = (
+                {key: np.asarray(value)[None] for key, value in last.items()}
+                if isinstance(last, dict)
+                else np.asarray(last)[None]
+            )
+            shown.append(("last observation of an episode", one, np.array([i])))
+    for what, values, envs in shown:
         try:
-            actions, _ = algorithm.predict(observations, deterministic=True)
-        except ValueError:  # of SB3's distributions
-            raise error from None
-        if not np.isfinite(actions).all():
-            raise
+            check_finite(what, values, envs)
+        except NonFiniteError:
+            if not acts_finitely(values):
+                raise
 
 
 def check_rollout(algorithm: OnPolicyAlgorithm, buffer: RolloutBuffer, length: int) -> None:

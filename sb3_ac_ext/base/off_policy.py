@@ -413,8 +413,16 @@ class OffPolicyMixin(TrainingMixin, CheckpointMixin, OffPolicyAlgorithm):
 
         :raises NonFiniteError: for a reward that is not finite, and an observation of which the policy makes no finite action
         """
-        check_transition(self, new_obs, reward)
+        check_transition(self._acts_finitely, new_obs, reward, dones, infos)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _acts_finitely(self, observations: Any) -> bool:
+        """Whether what the policy makes of ``(n, ...)`` observations is finite."""
+        try:
+            actions, _ = self.predict(observations, deterministic=True)
+        except ValueError:  # of SB3's distributions
+            return False
+        return bool(np.isfinite(actions).all())
 
     def _on_step(self) -> None:
         super()._on_step()

@@ -55,7 +55,7 @@ from sb3_ac_ext.opac.behaviour import Behaviour
 from sb3_ac_ext.opac.buffer import LOG_PROB, BehaviourReplayBuffer, DictBehaviourReplayBuffer, StoresLogProbs
 from sb3_ac_ext.opac.checks import check_choices, check_made_for
 from sb3_ac_ext.opac.linear import Features, LinearPolicy
-from sb3_ac_ext.opac.networks import Critic
+from sb3_ac_ext.opac.networks import ChoiceActor, Critic
 from sb3_ac_ext.opac.online import OnlineMixin
 from sb3_ac_ext.opac.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_ac_ext.signatures import passed_on
@@ -277,6 +277,14 @@ class OPAC(OnlineMixin, StochasticActorCritic):
 
     def _needs_log_probs(self) -> bool:
         return self.variant != "q"
+
+    def _acts_finitely(self, observations: Any) -> bool:
+        """See `OffPolicyMixin._acts_finitely`; a choice is finite whatever it is made by."""
+        actor = getattr(self.policy, "actor", None)
+        if not isinstance(actor, ChoiceActor):
+            return super()._acts_finitely(observations)
+        with th.no_grad():
+            return bool(actor(self.policy.obs_to_tensor(observations)[0]).isfinite().all())
 
     def _store_transition(
         self, replay_buffer: Any, buffer_action: Any, new_obs: Any, reward: Any, dones: Any, infos: Any
