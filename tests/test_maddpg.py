@@ -22,7 +22,7 @@ from torch import nn
 
 from sb3_ac_ext.maddpg import Agent, JointEnv
 from sb3_ac_ext.maddpg.buffer import JointReplayBuffer, JointTransitions
-from sb3_ac_ext.maddpg.maddpg import return_keys
+from sb3_ac_ext.maddpg.logged import log_keys
 from sb3_ac_ext.maddpg.networks import JointCritic
 
 SMALL: dict[str, Any] = {"net_arch": [16, 16]}
@@ -451,7 +451,7 @@ def test_returns_of_agents_whose_names_begin_alike_are_logged(tmp_path: Path) ->
     header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
     returns = {key.removeprefix("rollout/") for key in header if key.endswith("_return")}
     assert returns == {f"{names[3]}_return", "dog_return", f"{start[:17]}...0_return", f"{start[:17]}...1_return"}
-    assert return_keys(["cow", "dog"]) == ["cow_return", "dog_return"]
+    assert log_keys({0: "cow", 1: "dog"}, "return") == {"return": ["cow_return", "dog_return"]}
 
 
 def test_observations_may_be_normalised() -> None:
@@ -559,7 +559,7 @@ def test_parameters_are_tensors_by_themselves() -> None:
 @pytest.mark.slow
 def test_learns_the_cooperative_matrix_game() -> None:
     """Recorded at -0.0003 with central critics and -0.0023 without (medians), random actions at -0.8; then set."""
-    central, independent = ([train(seed, centralised)["final"] for seed in range(3)] for centralised in (True, False))
+    central, independent = ([train(seed, name)["final"] for seed in range(3)] for name in ("central critics", "independent"))
     assert evaluate(None) < -0.5
     assert np.median(central) >= -0.01 and min(central) >= -0.05
     assert np.median(central) > np.median(independent)

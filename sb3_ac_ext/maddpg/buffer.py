@@ -37,6 +37,8 @@ class JointTransitions(NamedTuple):
     """``(B,)`` where the transitions are in that buffer."""
     versions: np.ndarray | None = None
     """``(B,)`` how often these places had been written to."""
+    sub_policies: th.Tensor | None = None
+    """``(B, N)`` of an ensemble: which sub-policy of each agent acts in o' in the critics' targets."""
 
 
 class JointReplayBuffer(ReplayBuffer):
@@ -88,6 +90,22 @@ class JointReplayBuffer(ReplayBuffer):
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> JointTransitions:  # type: ignore[override]
         envs = np.random.randint(0, high=self.n_envs, size=(len(batch_inds),))  # noqa: NPY002 (SB3's stream)
         return self._joint_samples((batch_inds, envs), env)
+
+    def latest(self, transitions: int, env: VecNormalize | None = None) -> JointTransitions:
+        """
+        The newest transitions of all environments, in the order of time, in batches of one size: while there are fewer, the
+        first ones are of no agent.
+
+        :param transitions: how many, rounded up to those of whole steps, and not more than there is room for
+        :param env: normalises observations and rewards
+        :return: them, those of one step one after another
+        """
+        room = self.buffer_size - self.optimize_memory_usage  # where the next observation is, an older one was
+        steps = min(-(-transitions // self.n_envs), room)
+        ages, envs = np.arange(steps)[::-1].repeat(self.n_envs), np.tile(np.arange(self.n_envs), steps)
+        batch = self._joint_samples(((self.pos - 1 - ages) % self.buffer_size, envs), env)
+        stored = ages < (self.buffer_size if self.full else self.pos)
+        return batch._replace(active=batch.active * self.to_torch(stored[:, None].astype(np.float32)))
 
     def _joint_samples(self, places: tuple[np.ndarray, np.ndarray], env: VecNormalize | None) -> JointTransitions:
         """

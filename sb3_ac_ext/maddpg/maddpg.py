@@ -16,67 +16,40 @@ agent, delayed actors and smoothed targets make it MATD3 (Ackermann et al. 2019,
 
 import io
 import pathlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ac_ext.base.arguments import check_float_actions, check_policy_class
 from sb3_ac_ext.base.noise import ExplorationNoise, ScaledNoise
-from sb3_ac_ext.base.off_policy import OffPolicyMixin
 from sb3_ac_ext.base.schedules import Rate
 from sb3_ac_ext.engine import Network
 from sb3_ac_ext.envs.joint import JointEnv, is_multi_agent
 from sb3_ac_ext.envs.joint_spaces import ALONE, JointBox
 from sb3_ac_ext.functional.losses import smoothed_action, td_errors, td_target
 from sb3_ac_ext.functional.multi_agent import active_mean, replace_agent_action
+from sb3_ac_ext.maddpg.base import JointActorCritic, check_normalisation
 from sb3_ac_ext.maddpg.buffer import JointReplayBuffer, JointTransitions
-from sb3_ac_ext.maddpg.networks import JointActor, JointCritic
+from sb3_ac_ext.maddpg.ensembles import EnsembleMixin
+from sb3_ac_ext.maddpg.groups import Sharing
+from sb3_ac_ext.maddpg.inferred import InferenceMixin
+from sb3_ac_ext.maddpg.logged import log_keys
 from sb3_ac_ext.maddpg.policies import MlpPolicy
+from sb3_ac_ext.maddpg.sub_policies import ActorCritic
 from sb3_ac_ext.signatures import passed_on
-from sb3_ac_ext.validation import Acts, ArgumentError, NonNegative, PositiveInt, UnsupportedError
-
-NETWORKS = ("actor", "critic", "actor_target", "critic_target")
-PRINTED = 33
-"""Characters of a key that SB3's logger prints behind its group; it cuts longer ones, and stops where two become the same."""
+from sb3_ac_ext.validation import Acts, ArgumentError, Needs, NonNegative, PositiveInt, UnsupportedError
 
 
-class JointActorCritic(OffPolicyAlgorithm):
-    """What SB3's TD3 has around its update: Box actions, no gSDE, the policy's networks as attributes, what is saved."""
-
-    policy: MlpPolicy
-    actor: JointActor  # type: ignore[assignment]
-    actor_target: JointActor
-    critic: JointCritic
-    critic_target: JointCritic
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs |= {"sde_support": False, "supported_action_spaces": (spaces.Box,), "support_multi_env": True}
-        super().__init__(*args, **kwargs)
-
-    def _setup_model(self) -> None:
-        super()._setup_model()
-        for name in NETWORKS:
-            setattr(self, name, getattr(self.policy, name))
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), *NETWORKS]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "actor.optimizer", "critic.optimizer"], []
-
-
-class MADDPG(OffPolicyMixin, JointActorCritic):
+class MADDPG(EnsembleMixin, InferenceMixin, JointActorCritic):
     """
     DDPG for several agents, with central critics.
 
@@ -86,14 +59,28 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
 
     Differences from the paper: SB3's defaults (Adam 1e-3, batch 256, layers of 400 and 300; the values of the authors' program
     are in ``hyperparams/maddpg.yml``); Discrete actions are straight-through one-hots instead of relaxed ones, in the
-    environment, the replay buffer and the losses alike; all agents learn from the same batch; truncated episodes bootstrap at
-    their last observation; an agent learns from no transition after its end. Inferred policies (section 4.2) and policy
-    ensembles (section 4.3) are not there.
+    environment, the replay buffer and the losses alike; all agents learn at once from the same batch, where the authors'
+    program goes agent by agent, each with a batch of its own and after the targets of those before it have moved; truncated
+    episodes bootstrap at their last observation; an agent learns from no transition after its end.
+
+    With ``inferred_policies`` (section 4.2) each agent learns by what it sees the others do, and never by their policies:
+    `sb3_ac_ext.maddpg.inferred` has the equations, ``docs/maddpg.md`` what the paper leaves open. The paper says that the
+    others' log-probabilities go into Q in the place of their actions; that is not offered, as Q is fitted to actions, and
+    would be asked in its own target about something that it never sees.
+
+    Policy ensembles (section 4.3) are there by ``n_sub_policies``, see `sb3_ac_ext.maddpg.ensembles`. Differences from the
+    paper's and the authors' program: the sub-policies of an agent share one replay buffer of ``buffer_size``, in which each
+    transition says who acted, instead of one of that size each; every sub-policy of which the buffer has a batch is updated
+    at each update; co-players' target actions are those of the sub-policies that acted, which "current" changes.
 
     With Discrete actions exploration is the draw from the policy: noise moves Box actions only.
 
     Logged: ``train/q``, mean Q of the critics' batches over all agents; ``train/critic_loss`` and ``train/actor_loss``, sums
     over agents; gradient norms, over all agents; ``rollout/<agent>_return``, mean return of the episodes since the last log.
+    With inferred policies also ``train/inferred_loss``, the sum over pairs, and of agent i's model of agent j
+    ``inferred/<i>_of_<j>_loss``, ``..._entropy`` in nats (of Box actions before the tanh), and on a batch of the replay
+    buffer ``..._kl``, KL(mu_j || mu_hat_ij) of Discrete actions, or ``..._distance``, the mean of |mu_j - tanh(mean_ij)| of
+    Box actions.
 
     :param policy: "MlpPolicy" or a class derived from it; `sb3_ac_ext.maddpg.policies.MlpPolicy` has the arguments that
         ``policy_kwargs`` takes
@@ -106,8 +93,24 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
     :param target_noise_clip: its largest absolute value
     :param logit_penalty: weight of the mean square of an actor's outputs (before softmax or tanh) in its loss; the authors'
         program has 1e-3
-    :param max_grad_norm: bound on the 2-norm of each agent's gradient of actor and of critic; a dict bounds only one of the
-        two, None none
+    :param inferred_policies: whether critics' targets take the others' actions from models of their policies, which every
+        agent learns from what they do, instead of from their policies
+    :param inferred_batch_size: the newest joint transitions that the models learn from, in one step per training; rounded up
+        to whole steps of all environments
+    :param inferred_ent_coef: lambda, weight of the models' entropy in their loss
+    :param inferred_learning_rate: rate of the models; None for the actors'
+    :param inferred_input: what the models put into the targets: a "sample" (one-hots; a draw of a squashed Gaussian), or
+        "probs", probabilities (of a Box the tanh of the mean)
+    :param n_sub_policies: K, complete policies of each agent (actor, critics, targets), of which one is drawn at each
+        episode's start and acts until its end
+    :param ensemble_draw: "team" draws one index for all agents of a team, "agent" one for each
+    :param teams: the names of the agents that draw together; "all" for all, None for those whose names differ only by the
+        number at the end, as ``agent_0`` and ``agent_1``. Who is in no list draws alone; agents that share parameters have to
+        be in one
+    :param ensemble_targets: which sub-policies of the co-players act in the critics' targets: "stored" those that acted in the
+        transition; "current" those that act now in the environment that the transition is from, as in the authors' program
+    :param max_grad_norm: bound on the 2-norm of each agent's gradient of actor and of critic, and of each inferred policy's;
+        a dict bounds only those that it names ("actor", "critic", "inferred"), None none
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of range or a contradiction
     :raises UnsupportedError: for spaces or a combination of arguments that MADDPG cannot take
@@ -115,6 +118,7 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
 
     sb3_class: ClassVar[type[BaseAlgorithm]] = OffPolicyAlgorithm
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy}
+    buffer_arguments: ClassVar[frozenset[str]] = EnsembleMixin.buffer_arguments | {"ensemble_draw", "teams"}
 
     def __init__(
         self,
@@ -148,6 +152,15 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         target_policy_noise: NonNegative = 0.0,
         target_noise_clip: NonNegative = 0.5,
         logit_penalty: NonNegative = 0.0,
+        inferred_policies: Annotated[bool, Needs("centralised", True), Acts.NEVER] = False,
+        inferred_batch_size: Annotated[PositiveInt, Needs("inferred_policies", True)] = 100,
+        inferred_ent_coef: Annotated[NonNegative, Needs("inferred_policies", True)] = 1e-3,
+        inferred_learning_rate: Annotated[Rate | None, Needs("inferred_policies", True)] = None,
+        inferred_input: Annotated[Literal["sample", "probs"], Needs("inferred_policies", True)] = "sample",
+        n_sub_policies: Annotated[PositiveInt, Acts.NEVER] = 1,
+        ensemble_draw: Annotated[Literal["team", "agent"], Needs("n_sub_policies"), Acts.NEVER] = "team",
+        teams: Annotated[Sharing, Needs("n_sub_policies"), Needs("ensemble_draw", "team"), Acts.NEVER] = None,
+        ensemble_targets: Annotated[Literal["stored", "current"], Needs("n_sub_policies")] = "stored",
         max_grad_norm: float | dict[str, float] | None = None,
         exploration_noise: ExplorationNoise | None = None,
         warmup: Literal["uniform", "noise"] = "uniform",
@@ -161,6 +174,15 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         self.target_policy_noise = target_policy_noise
         self.target_noise_clip = target_noise_clip
         self.logit_penalty = logit_penalty
+        self.inferred_policies = inferred_policies
+        self.inferred_batch_size = inferred_batch_size
+        self.inferred_ent_coef = inferred_ent_coef
+        self.inferred_learning_rate = inferred_learning_rate
+        self.inferred_input = inferred_input
+        self.n_sub_policies = n_sub_policies
+        self.ensemble_draw = ensemble_draw
+        self.teams = teams
+        self.ensemble_targets = ensemble_targets
         if _init_setup_model:
             self._setup_model()
 
@@ -181,9 +203,6 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         if self.centralised is False:
             self.policy_kwargs = {**self.policy_kwargs, "centralised": False}  # not in the caller's dict
         super()._setup_model()
-
-    def _automatic_buffer(self) -> type[ReplayBuffer]:
-        return JointReplayBuffer
 
     def _check_buffer(self, buffer_class: type[ReplayBuffer]) -> None:
         if not issubclass(buffer_class, JointReplayBuffer):
@@ -208,13 +227,18 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
 
         :param path: file name, or an open binary file
         :param truncate_last_traj: SB3's, without effect here
-        :raises ValueError: for a buffer without rewards of each agent
+        :raises ValueError: for a buffer without rewards of each agent, or of other sub-policies
         """
         super().load_replay_buffer(path, truncate_last_traj)
         buffer = self._replay_buffer
         if not isinstance(buffer, JointReplayBuffer):
             self._replay_buffer = None
             raise ValueError(f"the replay buffer must be a JointReplayBuffer, got a {type(buffer).__name__}")
+        try:
+            self._check_loaded_buffer(buffer)
+        except ValueError:
+            self._replay_buffer = None
+            raise
 
     def _networks(self) -> Mapping[str, Network]:
         critic, actor = self.critic, self.actor
@@ -222,13 +246,14 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
             "critic": self._network(
                 *("critic", critic, critic.optimizer, self.critic_target),
                 rate=self.critic_learning_rate,
-                clipped=critic.network_parameters(),
+                clipped=[own for one in (self, *self.policy.further) for own in one.critic.network_parameters()],
             ),
             "actor": self._network(
                 *("actor", actor, actor.optimizer, self.actor_target),
                 rate=self.actor_learning_rate,
-                clipped=actor.network_parameters(),
+                clipped=[own for one in (self, *self.policy.further) for own in one.actor.network_parameters()],
             ),
+            **super()._networks(),
         }
 
     def _sample(self, batch_size: int) -> JointTransitions:  # type: ignore[override]
@@ -246,11 +271,18 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         :raises NonFiniteError: if a loss or a parameter is NaN or infinite afterwards
         """
         with self._updates() as engine:
+            fitted = self._infer() if self.policy.inferred_policies else None
             for _ in range(gradient_steps):
                 self._n_updates += 1
+                delayed = bool(self._n_updates % self.policy_delay == 0)
+                if self.n_sub_policies > 1:
+                    self._update_due(engine, batch_size, delayed)
+                    continue
                 batch = self._sample(batch_size)
-                outputs = engine.run(self._update, batch, bool(self._n_updates % self.policy_delay == 0))
+                outputs = engine.run(self._update, batch, delayed)
                 self._update_priorities(batch, outputs)
+            if fitted is not None and gradient_steps > 0:
+                self._record_inferred(fitted, batch)
 
     def _update(self, batch: JointTransitions, delayed: bool) -> dict[str, th.Tensor]:
         target = self._target(batch)  # (B, N)
@@ -270,9 +302,15 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
     @th.no_grad()
     def _target(self, batch: JointTransitions) -> th.Tensor:
         assert batch.discounts is not None
-        next_actions = self._smoothed(self.actor_target(batch.next_observations))
+        next_actions = self._smoothed(self._next_actions(batch.next_observations))  # (B, A) or (N, B, A)
         next_q = th.stack(self.critic_target(batch.next_observations, next_actions)).amin(dim=0)
         return td_target(batch.rewards, batch.dones, batch.discounts, next_q)
+
+    def _next_actions(self, observations: th.Tensor) -> th.Tensor:
+        actions = self.actor_target(observations)
+        if not self.policy.inferred_policies:
+            return actions
+        return self.policy.inferred_target.joint_actions(observations, actions, self.inferred_input == "sample")
 
     def _smoothed(self, actions: th.Tensor) -> th.Tensor:
         if self.target_policy_noise == 0:
@@ -288,13 +326,19 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
             squares = [batch.weights * square for square in squares]
         return th.stack([active_mean(square, batch.active).sum() for square in squares]).sum()
 
-    def _actor_loss(self, batch: JointTransitions) -> th.Tensor:
-        """The sum over agents; each agent's critic sees its present action, and the others' of the batch."""
-        outputs = self.actor.outputs(batch.observations)  # (B, A)
-        actions = replace_agent_action(self.actor.action_masks, self.actor.act(outputs), batch.actions)  # (N, B, A)
-        loss = -active_mean(self.critic.q1_forward(batch.observations, actions), batch.active).sum()
+    def _actor_loss(
+        self, batch: JointTransitions, networks: ActorCritic | None = None, agents: Sequence[int] | None = None
+    ) -> th.Tensor:
+        """The sum over agents (None for all); each agent's critic sees its present action, and the others' of the batch."""
+        actor, critic = (self.actor, self.critic) if networks is None else (networks.actor, networks.critic)
+        outputs, masks = actor.outputs(batch.observations, agents), actor.action_masks  # (B, A)
+        own = masks if agents is None else th.stack([masks[agent] for agent in agents])
+        actions = replace_agent_action(own, actor.act(outputs), batch.actions)  # (N, B, A)
+        loss = -active_mean(critic.q1_forward(batch.observations, actions, agents), batch.active).sum()
         if self.logit_penalty:
-            squares = th.stack([part.square().mean(dim=1) for part in self.actor.by_agent(outputs)], dim=1)  # (B, N)
+            parts = actor.by_agent(outputs)
+            parts = parts if agents is None else [parts[agent] for agent in agents]
+            squares = th.stack([part.square().mean(dim=1) for part in parts], dim=1)  # (B, N)
             loss = loss + self.logit_penalty * active_mean(squares, batch.active).sum()
         return loss
 
@@ -307,8 +351,15 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
     ) -> None:
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         for returns in (info["agent_returns"] for info in infos if "agent_returns" in info):
-            for name, value in zip(return_keys(self.policy.layout.names), returns, strict=True):
-                self.logger.record_mean(f"rollout/{name}", value)
+            keys = log_keys(dict(enumerate(self.policy.layout.names)), "return")["return"]
+            for key, value in zip(keys, returns, strict=True):
+                self.logger.record_mean(f"rollout/{key}", value)
+
+    def _acts_finitely(self, observations: Any) -> bool:
+        """See `OffPolicyMixin._acts_finitely`; a choice is finite whatever it is made by."""
+        tensors, _ = self.policy.obs_to_tensor(observations)
+        with th.no_grad():
+            return all(bool(one.actor.outputs(tensors).isfinite().all()) for one in self.policy.sub_policies)
 
     def agent_actions(self, joint_action: np.ndarray) -> dict[str, Any]:
         """
@@ -320,7 +371,9 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         space = self.action_space
         return space.split(joint_action) if isinstance(space, JointBox) else {ALONE: joint_action}
 
-    def predict_agent(self, agent: str | int, observation: Any, deterministic: bool = False) -> Any:
+    def predict_agent(
+        self, agent: str | int, observation: Any, deterministic: bool = False, *, ensemble_index: int | None = None
+    ) -> Any:
         """
         One agent's action, from its own observation.
 
@@ -328,43 +381,17 @@ class MADDPG(OffPolicyMixin, JointActorCritic):
         :param observation: one of its own observation space, or ``(B, ...)`` of them where that is a Box; normalised if the
             model was trained so
         :param deterministic: whether a Discrete action is the most probable one instead of a draw
+        :param ensemble_index: by which of its sub-policies; to be given where there are several
         :return: action, or B of them, of its own action space
         """
-        return self.policy.agent(agent).predict(observation, deterministic)
+        return self.policy.agent(agent, ensemble_index).predict(observation, deterministic)
 
-    def save_agent(self, agent: str | int, path: str | pathlib.Path) -> None:
+    def save_agent(self, agent: str | int, path: str | pathlib.Path, *, ensemble_index: int | None = None) -> None:
         """
         Save what one agent needs to act: `sb3_ac_ext.maddpg.Agent.load` reads it.
 
         :param agent: name or number
         :param path: the file's name, ".pth" is added where there is no suffix
+        :param ensemble_index: which of its sub-policies; to be given where there are several
         """
-        self.policy.agent(agent).save(path)
-
-
-def return_keys(names: Sequence[str]) -> list[str]:
-    """
-    What the agents' returns are logged under, distinct also where SB3's logger cuts them.
-
-    :param names: of the agents
-    :return: the keys, with the agent's number where the ends of names are cut that begin alike
-    """
-    keys = [f"{name}_return" for name in names]
-    printed = Counter(key if len(key) <= PRINTED else key[: PRINTED - 3] for key in keys)
-    return [
-        key if len(key) <= PRINTED or printed[key[: PRINTED - 3]] == 1 else f"{key[: PRINTED - 16]}...{agent}_return"
-        for agent, key in enumerate(keys)
-    ]
-
-
-def check_normalisation(env: VecEnv | None) -> None:
-    """
-    :param env: of the model
-    :raises UnsupportedError: if it normalises the sum of rewards, which no agent learns from
-    """
-    normalizer = None if env is None else unwrap_vec_normalize(env)
-    if normalizer is not None and normalizer.norm_reward and isinstance(normalizer.action_space, JointBox):
-        raise UnsupportedError(
-            "VecNormalize must have norm_reward=False with several agents, each of which learns from its own reward (in RL "
-            "Zoo: normalize: {norm_obs: true, norm_reward: false}), got norm_reward=True"
-        )
+        self.policy.agent(agent, ensemble_index).save(path)

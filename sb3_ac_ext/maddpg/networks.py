@@ -85,6 +85,9 @@ class JointModel(BaseModel):
         """The parameters of each group, which no other group has."""
         return [[p for mlp in mlps for p in mlp.parameters()] for mlps in zip(*self.networks(), strict=True)]
 
+    def _mlp(self, inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(*create_mlp(inputs, outputs, self.net_arch, self.activation_fn))
+
 
 class JointActor(JointModel):
     """
@@ -99,6 +102,8 @@ class JointActor(JointModel):
     """``(N, 1, A)`` whether a column of the joint action is the agent's."""
     continuous: th.Tensor
     """``(A,)`` 1 where a column is a Box action's, 0 where it is of a one-hot."""
+    owners: th.Tensor
+    """``(A,)`` the agent that a column of the joint action belongs to."""
 
     def __init__(self, *args: Any, temperature: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -109,11 +114,12 @@ class JointActor(JointModel):
         self.register_buffer("action_masks", th.stack(masks).unsqueeze(1), persistent=False)
         box = [th.full((size(part),), float(n == 0)) for part, n in zip(self.layout.actions, self.layout.choices, strict=True)]
         self.register_buffer("continuous", th.cat(box), persistent=False)
+        owners = [th.full((size(part),), agent) for agent, part in enumerate(self.layout.actions)]
+        self.register_buffer("owners", th.cat(owners), persistent=False)
         self.mu = nn.ModuleList(self._network(group[0]) for group in self.groups)
 
     def _network(self, agent: int) -> nn.Sequential:
-        inputs, outputs = size(self.layout.observations[agent]), size(self.layout.actions[agent])
-        return nn.Sequential(*create_mlp(inputs, outputs, self.net_arch, self.activation_fn))
+        return self._mlp(size(self.layout.observations[agent]), size(self.layout.actions[agent]))
 
     def networks(self) -> list[nn.ModuleList]:
         """See `JointModel.networks`."""
@@ -126,13 +132,19 @@ class JointActor(JointModel):
         """
         return [joint[:, columns] for columns in self.layout.actions]
 
-    def outputs(self, obs: PyTorchObs) -> th.Tensor:
+    def outputs(self, obs: PyTorchObs, agents: Sequence[int] | None = None) -> th.Tensor:
         """
         :param obs: ``(B, ...)`` o of all agents
-        :return: ``(B, A)`` what `act` makes actions of: each agent's depends on its own observation only
+        :param agents: whose; None for all
+        :return: ``(B, A)`` what `act` makes actions of: each agent's depends on its own observation only; 0 for the others
         """
         features = self.extract_features(obs, self.features_extractor)
-        return th.cat(evaluate(self.mu, self.groups, [features[:, columns] for columns in self.layout.observations]), dim=1)
+        if agents is None:
+            return th.cat(evaluate(self.mu, self.groups, [features[:, own] for own in self.layout.observations]), dim=1)
+        inputs = [features[:, self.layout.observations[agent]] for agent in agents]
+        found = dict(zip(agents, evaluate(self.mu, self.groups, inputs, agents), strict=True))
+        others = [features.new_zeros(len(features), size(columns)) for columns in self.layout.actions]
+        return th.cat([found.get(agent, zeros) for agent, zeros in enumerate(others)], dim=1)
 
     def act(self, outputs: th.Tensor, deterministic: bool = False) -> th.Tensor:
         """
@@ -185,8 +197,7 @@ class JointCritic(JointModel):
             self.register_buffer(f"view{agent}", th.tensor(view), persistent=False)
         self.streams = [f"qf{k}" for k in range(n_critics)]
         for name in self.streams:
-            mlps = (create_mlp(len(views[group[0]]), 1, self.net_arch, self.activation_fn) for group in self.groups)
-            self.add_module(name, nn.ModuleList(nn.Sequential(*mlp) for mlp in mlps))
+            self.add_module(name, nn.ModuleList(self._mlp(len(views[group[0]]), 1) for group in self.groups))
 
     def _view(self, agent: int, centralised: bool) -> list[int]:
         """The columns of joint features and actions that the agent's critic sees, in its order."""
@@ -203,32 +214,35 @@ class JointCritic(JointModel):
         """See `JointModel.networks`."""
         return [getattr(self, name) for name in self.streams]
 
-    def _inputs(self, obs: PyTorchObs, actions: th.Tensor) -> list[th.Tensor]:
-        """For each agent's critic what it sees, ``(B, D)``, of actions ``(B, A)`` or ``(N, B, A)``."""
+    def _inputs(self, obs: PyTorchObs, actions: th.Tensor, agents: Sequence[int] | None) -> list[th.Tensor]:
+        """For each agent's critic what it sees, ``(B, D)``, of actions ``(B, A)`` or, for each of them, ``(N, B, A)``."""
+        agents = range(len(self.layout)) if agents is None else agents
         features = self.extract_features(obs, self.features_extractor)
         if actions.dim() == 3:
             features = features.expand(len(actions), *features.shape)
         joint = th.cat([features, actions], dim=-1)
-        joints = list(joint.unbind()) if joint.dim() == 3 else [joint] * len(self.layout)
+        joints = list(joint.unbind()) if joint.dim() == 3 else [joint] * len(agents)
         if self.sees_all_in_order:
             return joints
-        return [part.index_select(1, getattr(self, f"view{agent}")) for agent, part in enumerate(joints)]
+        return [part.index_select(1, getattr(self, f"view{agent}")) for agent, part in zip(agents, joints, strict=True)]
 
-    def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+    def forward(self, obs: PyTorchObs, actions: th.Tensor, agents: Sequence[int] | None = None) -> tuple[th.Tensor, ...]:
         """
         :param obs: ``(B, ...)`` o of all agents
-        :param actions: ``(B, A)`` a of all agents
-        :return: of each stream ``(B, N)`` Q of all agents
+        :param actions: ``(B, A)`` a of all agents, or ``(N, B, A)`` for each agent's critic others
+        :param agents: N of them, whose critics are asked; None for all
+        :return: of each stream ``(B, N)`` Q of these agents
         """
-        inputs = self._inputs(obs, actions)
-        return tuple(th.cat(evaluate(stream, self.groups, inputs), dim=1) for stream in self.networks())
+        inputs = self._inputs(obs, actions, agents)
+        return tuple(th.cat(evaluate(stream, self.groups, inputs, agents), dim=1) for stream in self.networks())
 
-    def q1_forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+    def q1_forward(self, obs: PyTorchObs, actions: th.Tensor, agents: Sequence[int] | None = None) -> th.Tensor:
         """
         The first stream alone, for the actors' losses.
 
         :param obs: ``(B, ...)`` o of all agents
         :param actions: ``(N, B, A)`` for each agent's critic a of all agents
-        :return: ``(B, N)`` Q of all agents
+        :param agents: N of them, whose critics are asked; None for all
+        :return: ``(B, N)`` Q of these agents
         """
-        return th.cat(evaluate(self.networks()[0], self.groups, self._inputs(obs, actions)), dim=1)
+        return th.cat(evaluate(self.networks()[0], self.groups, self._inputs(obs, actions, agents), agents), dim=1)

@@ -143,7 +143,7 @@ def convert_d4pg(params: dict[str, Any]) -> dict[str, Any]:
 def sample_maddpg(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
     The Zoo's space for TD3 and MADDPG's own options, for discrete and continuous actions alike. What depends on who the agents
-    are (``centralised``, ``parameter_sharing``) is not searched.
+    are (``centralised``, ``parameter_sharing``) and what they may know (``inferred_policies``) is not searched.
 
     :param trial: the trial that chooses
     :param n_actions: size of a joint action
@@ -166,7 +166,7 @@ def convert_maddpg(params: dict[str, Any]) -> dict[str, Any]:
     hyperparams = convert_off_policy(params)
     for name in ("n_critics", "gumbel_temperature"):
         hyperparams["policy_kwargs"][name] = hyperparams.pop(name)
-    return hyperparams
+    return {**hyperparams, "inferred_learning_rate": None}  # if a file asks for such policies: the trial's for actors
 
 
 def suggest_zoo_td3(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> Any:
