@@ -14,6 +14,7 @@ from sb3_ac_ext.opac import OPAC
 from sb3_ac_ext.ppox import PPOX
 from sb3_ac_ext.reinforce import Reinforce
 from sb3_ac_ext.sacx import SACX
+from sb3_ac_ext.svpg import SVPG
 from sb3_ac_ext.td3x import TD3X
 from sb3_ac_ext.trpox import TRPOX
 
@@ -30,6 +31,7 @@ __all__ = [
     "OPAC",
     "PPOX",
     "SACX",
+    "SVPG",
     "TD3X",
     "TRPOX",
     "Reinforce",

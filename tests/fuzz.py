@@ -30,9 +30,10 @@ from environments import BOX, CONTINUOUS, RandomEnv
 from gymnasium import spaces
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from models import APART, OFF_POLICY, OFF_POLICY_SIZES, ON_POLICY_SIZES, Pair, algorithm_class
+from models import APART, OFF_POLICY, OFF_POLICY_SIZES, ON_POLICY_SIZES, Pair, algorithm_class, taken
 from stable_baselines3.common.buffers import ReplayBuffer, RolloutBuffer
 from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
+from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
 from sb3_ac_ext.acktr import ACKTR
@@ -61,6 +62,7 @@ WORK = {
     "n_critics": 3,
     "n_epochs": 4,
     "n_steps": 64,
+    "n_sub_policies": 3,
     "policy_epochs": 4,
     "replay_ratio": 4,
     "replayed_segments": 3,
@@ -467,9 +469,8 @@ def outcome_of(case: Case, folder: Path) -> Outcome:
     :param case: the configuration
     :param folder: where it may write
     """
-    several = algorithm_class(case.row) is MADDPG
-    env: Any = Pair() if several else RandomEnv(BOX, spaces.Discrete(3) if case.discrete else CONTINUOUS)
-    steps, step = 0, env.step
+    env, others = environments(case)
+    actions_of, steps, step = env.action_space, 0, env.step
 
     def counted(action: Any) -> Any:
         nonlocal steps
@@ -477,9 +478,9 @@ def outcome_of(case: Case, folder: Path) -> Outcome:
         return step(action)
 
     env.step = counted
-    small, changed = arguments(case, env)
+    small, changed = arguments(case, DummyVecEnv([lambda own=own: own for own in (env, *others)]) if others else env)
     if callable(changed.get("actor_env_fn")) and "actor_env_fn" not in case.wrong:
-        changed["actor_env_fn"] = lambda: RandomEnv(BOX, env.action_space)
+        changed["actor_env_fn"] = lambda: RandomEnv(BOX, actions_of)
     th.manual_seed(0)
     try:
         with watched(folder) as warned:
@@ -505,6 +506,15 @@ def outcome_of(case: Case, folder: Path) -> Outcome:
     if verdict.verdict == "trains" and case.wrong:
         return Outcome("taken", f"legal by no declaration: {', '.join(sorted(case.wrong))}")
     return verdict
+
+
+def environments(case: Case) -> tuple[Any, list[Any]]:
+    """One, and those of other particles."""
+    cls = algorithm_class(case.row)
+    if cls is MADDPG:
+        return Pair(), []
+    several = [RandomEnv(BOX, spaces.Discrete(3) if case.discrete else CONTINUOUS) for _ in range(4)]
+    return several[0], several[1:] if "n_particles" in arguments_of(cls) else []
 
 
 def said_by(error: Exception) -> str:
@@ -544,7 +554,7 @@ def arguments(case: Case, env: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     cls = algorithm_class(case.row)
     sizes = OFF_POLICY_SIZES if case.row in OFF_POLICY else ON_POLICY_SIZES
-    sizes = {name: value for name, value in sizes.items() if name in arguments_of(cls)}
+    sizes = taken(cls, sizes)
     policy_kwargs: dict[str, Any] = {"net_arch": [8]}
     if issubclass(cls, ACKTR):  # whose rate is the largest step of an optimizer of its own
         del sizes["learning_rate"]

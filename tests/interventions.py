@@ -29,6 +29,7 @@ from models import (
     Fading,
     Wary,
     taking,
+    using,
 )
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.noise import NormalActionNoise
@@ -187,7 +188,7 @@ number("ent_coef", 0.0, 0.5, CHOOSING)
 number("vf_coef", 0.5, 2.0, taking("vf_coef", "clip_range"))
 number("max_grad_norm", 0.5, 1e-3, tuple(row for row in taking("max_grad_norm") if row in ON_POLICY))
 number("target_kl", 100.0, 1e-5, taking("target_kl"), tensors=False)
-number("n_epochs", 2, 3, taking("n_epochs"))
+number("n_epochs", 2, 3, using("n_epochs"))
 number("target_policy_noise", 0.2, 0.8, taking("target_policy_noise"))
 number("target_noise_clip", 0.5, 0.05, taking("target_noise_clip"), changes=SMOOTHED)
 number("policy_delay", 2, 3, taking("policy_delay"), arrays=taking("policy_delay"))
@@ -198,7 +199,7 @@ number("logit_penalty", 0.0, 0.5, taking("logit_penalty"))
 number("actor.temperature", 1.0, 3.0, taking("logit_penalty"))
 
 
-@intervention(rows=taking("batch_size"), turns=4)
+@intervention(rows=using("batch_size"), turns=4)
 def batch_size(subject: Subject) -> None:
     subject.model.batch_size = (4, np.int32(12), np.int64(5), 8)[subject.turn]
 
@@ -476,12 +477,14 @@ def frozen_bias(subject: Subject) -> None:
 
 @intervention()
 def frozen_layer(subject: Subject) -> None:
-    subject.layer("actor").requires_grad_(False)
+    for one in subject.each():  # actors have one dimension
+        one.layer("actor").requires_grad_(False)
 
 
 @intervention()
 def frozen_actor(subject: Subject) -> None:
-    subject.part("actor").requires_grad_(False)
+    for one in subject.each():
+        one.part("actor").requires_grad_(False)
 
 
 @intervention(sb3=SB3_ON_POLICY)
@@ -497,7 +500,8 @@ def frozen_entropy_coefficient(subject: Subject) -> None:
 
 @intervention(turns=2)
 def frozen_for_a_while(subject: Subject) -> None:
-    subject.part("actor").requires_grad_(subject.turn == 1)
+    for one in subject.each():
+        one.part("actor").requires_grad_(subject.turn == 1)
 
 
 # Hooks
@@ -670,7 +674,7 @@ def counters_set(subject: Subject) -> None:
 
 @intervention(counts=True)
 def step_replaced(subject: Subject) -> None:
-    optimizer = subject.optimizers()["actor.optimizer" if subject.row in OFF_POLICY else "policy.optimizer"]
+    optimizer = subject.optimizers()["actor.optimizer"] if subject.row in OFF_POLICY else subject.policy.optimizer
     optimizer.step = subject.count("step")  # type: ignore[method-assign]  # which makes none
 
 
@@ -759,13 +763,15 @@ def class_of_the_critic(subject: Subject) -> None:
 
 @intervention()
 def class_of_the_policy(subject: Subject) -> None:
-    policy = subject.model.policy
-    policy.__class__ = type("Scaled", (type(policy),), {"_predict": scaled(type(policy)._predict)})
+    for one in subject.each():
+        policy = one.policy
+        policy.__class__ = type("Scaled", (type(policy),), {"_predict": scaled(type(policy)._predict)})
 
 
 @intervention()
 def prediction_of_the_policy(subject: Subject) -> None:
-    subject.model.policy._predict = scaled(subject.model.policy._predict)
+    for one in subject.each():
+        one.policy._predict = scaled(one.policy._predict)
 
 
 @intervention()
@@ -849,29 +855,30 @@ def draws_of_the_buffer(subject: Subject) -> None:
 
 @intervention(rows=ON_POLICY)
 def log_std_filled(subject: Subject) -> None:
-    subject.model.policy.log_std.data.fill_(-2.0)
+    subject.policy.log_std.data.fill_(-2.0)
 
 
 @intervention(rows=ON_POLICY, acts=False)
 def log_std_moved(subject: Subject) -> None:
-    subject.model.policy.log_std.data = subject.model.policy.log_std.data.clone()
+    subject.policy.log_std.data = subject.policy.log_std.data.clone()
 
 
 @intervention(rows=TRAINED_STD)
 def log_std_replaced(subject: Subject) -> None:
-    old = subject.model.policy.log_std
-    subject.model.policy.log_std = nn.Parameter(old.detach() - 1)
-    subject.trains(old, subject.model.policy.log_std)
+    old = subject.policy.log_std
+    subject.policy.log_std = nn.Parameter(old.detach() - 1)
+    subject.trains(old, subject.policy.log_std)
 
 
 @intervention(rows=TRAINED_STD, sb3=())
 def log_std_replaced_by_one_that_is_not_trained(subject: Subject) -> None:
-    subject.model.policy.log_std = nn.Parameter(subject.model.policy.log_std.detach() - 1)
+    subject.policy.log_std = nn.Parameter(subject.policy.log_std.detach() - 1)
 
 
 @intervention(rows=TRAINED_STD)
 def frozen_log_std(subject: Subject) -> None:
-    subject.model.policy.log_std.requires_grad_(False)
+    for one in subject.each():
+        one.policy.log_std.requires_grad_(False)
 
 
 def replace_layer(subject: Subject, name: str, which: int, trained: bool) -> None:
@@ -903,10 +910,10 @@ def value_net_that_is_not_trained(subject: Subject) -> None:
 @intervention(rows=ON_POLICY, sb3=())
 def other_mlp_extractor(subject: Subject) -> None:
     """Which the optimizer does not train."""
-    layers = copy.deepcopy(subject.model.policy.mlp_extractor)
+    layers = copy.deepcopy(subject.policy.mlp_extractor)
     for parameter in layers.parameters():
         parameter.data.mul_(0.5)
-    subject.model.policy.mlp_extractor = layers
+    subject.policy.mlp_extractor = layers
 
 
 class Wide(DiagGaussianDistribution):
@@ -918,7 +925,7 @@ class Wide(DiagGaussianDistribution):
 
 @intervention(rows=ON_POLICY)
 def other_distribution(subject: Subject) -> None:
-    subject.model.policy.action_dist = Wide(2)
+    subject.policy.action_dist = Wide(2)
 
 
 def bent(density: Callable[..., th.Tensor]) -> Callable[..., th.Tensor]:
@@ -933,7 +940,7 @@ def bent(density: Callable[..., th.Tensor]) -> Callable[..., th.Tensor]:
 
 @intervention(rows=CHOOSING)
 def density_of_the_distribution(subject: Subject) -> None:
-    distribution = subject.model.policy.action_dist
+    distribution = subject.policy.action_dist
     distribution.log_prob = bent(distribution.log_prob)
 
 
@@ -944,23 +951,23 @@ def density_of_the_distributions_class(subject: Subject) -> None:
 
 @intervention(rows=ON_POLICY)
 def class_of_the_distribution(subject: Subject) -> None:
-    subject.model.policy.action_dist.__class__ = Wide
+    subject.policy.action_dist.__class__ = Wide
 
 
 @intervention(rows=CHOOSING)
 def forward_of_the_policy(subject: Subject) -> None:
-    subject.model.policy.forward = scaled(subject.model.policy.forward)
+    subject.policy.forward = scaled(subject.policy.forward)
 
 
 @intervention(rows=CHOOSING)
 def forward_of_the_policys_class(subject: Subject) -> None:
-    cls = type(subject.model.policy)
+    cls = type(subject.policy)
     patched(subject, cls, "forward", scaled(cls.forward))
 
 
 @intervention(rows=taking("gae_lambda"))
 def values_of_the_policy(subject: Subject) -> None:
-    subject.model.policy.predict_values = scaled(subject.model.policy.predict_values)
+    subject.policy.predict_values = scaled(subject.policy.predict_values)
 
 
 EVALUATING = tuple(row for row in CHOOSING if row != "trpox")
@@ -969,17 +976,17 @@ EVALUATING = tuple(row for row in CHOOSING if row != "trpox")
 
 @intervention(rows=EVALUATING)
 def evaluation_of_the_policy(subject: Subject) -> None:
-    subject.model.policy.evaluate_actions = scaled(subject.model.policy.evaluate_actions)
+    subject.policy.evaluate_actions = scaled(subject.policy.evaluate_actions)
 
 
 @intervention(rows=ON_POLICY)
 def features_of_the_policy(subject: Subject) -> None:
-    subject.model.policy.extract_features = scaled(subject.model.policy.extract_features)
+    subject.policy.extract_features = scaled(subject.policy.extract_features)
 
 
 @intervention(rows=ON_POLICY)
 def forward_of_the_mlp_extractor(subject: Subject) -> None:
-    layers = subject.model.policy.mlp_extractor
+    layers = subject.policy.mlp_extractor
     layers.forward_actor = scaled(layers.forward_actor)
 
 
@@ -990,25 +997,25 @@ def forward_of_the_mlp_extractors_class(subject: Subject) -> None:
 
 @intervention(rows=ON_POLICY)
 def class_of_a_head(subject: Subject) -> None:
-    layer = subject.model.policy.action_net
+    layer = subject.policy.action_net
     layer.__class__ = type("Scaled", (type(layer),), {"forward": scaled(type(layer).forward)})
 
 
 @intervention(rows=CHOOSING)
 def class_of_the_acting_policy(subject: Subject) -> None:
-    policy = subject.model.policy
+    policy = subject.policy
     policy.__class__ = type("Scaled", (type(policy),), {"forward": scaled(type(policy).forward)})
 
 
 @intervention(rows=tuple(row for row in ON_POLICY if row not in BY_KFAC), **COMPILED)
 def compiled_evaluation(subject: Subject) -> None:
     """Not with K-FAC, which sees layers by a mode that PyTorch's compiler mistakes once something else was compiled."""
-    subject.model.policy.evaluate_actions = compiled(subject, subject.model.policy.evaluate_actions)
+    subject.policy.evaluate_actions = compiled(subject, subject.policy.evaluate_actions)
 
 
 @intervention(rows=ON_POLICY, **COMPILED)
 def compiled_mlp_extractor(subject: Subject) -> None:
-    subject.model.policy.mlp_extractor.forward = compiled(subject, subject.model.policy.mlp_extractor.forward)
+    subject.policy.mlp_extractor.forward = compiled(subject, subject.policy.mlp_extractor.forward)
 
 
 @intervention(rows=tuple(row for row in taking("gae_lambda") if row in WITH_BUFFERS), turns=2)
@@ -1027,12 +1034,12 @@ def n_steps(subject: Subject) -> None:
     subject.model.n_steps = (4, 9, 6)[subject.turn]
 
 
-@intervention(rows=taking("clip_range"))
+@intervention(rows=using("clip_range", "n_epochs"))
 def clip_range(subject: Subject) -> None:
     subject.model.clip_range = lambda _: 1e-4
 
 
-@intervention(rows=taking("clip_range"), sb3=())
+@intervention(rows=using("clip_range", "n_epochs"), sb3=())
 def clip_range_as_a_number(subject: Subject) -> None:
     """SB3 calls it."""
     subject.model.clip_range = 1e-4

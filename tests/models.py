@@ -8,21 +8,24 @@ from typing import Any
 import pytest
 import torch as th
 from environments import BOX, CONTINUOUS, IMAGE, RandomEnv
-from gymnasium import spaces
+from gymnasium import Env, spaces
 from parallel_environments import Crowd
 from sb3_contrib import TRPO
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import nn
 
-from sb3_ac_ext import A3C, ACER, ACKTR, D4PG, IMPALA, MADDPG
+from sb3_ac_ext import A3C, ACER, ACKTR, D4PG, IMPALA, MADDPG, SVPG
 from sb3_ac_ext.buffers.prioritized import PrioritizedDictReplayBuffer, PrioritizedReplayBuffer
 from sb3_ac_ext.networks.actor_critic import SeparateCnnPolicy
 from sb3_ac_ext.signatures import arguments_of
+from sb3_ac_ext.validation import Needs
 from sb3_ac_ext.zoo.registry import ALGORITHMS, AlgoSpec
 
 Row = AlgoSpec | str | type[BaseAlgorithm]
@@ -175,6 +178,7 @@ VARIANTS: dict[str, Variant] = {
     "critic layer norm": Variant(policy_kwargs={"critic_layer_norm": True}, rows=("td3x", "sacx"), sb3=False),
     "one critic": Variant(policy_kwargs={"n_critics": 1}, rows=CRITICS),
     "two critics": Variant(policy_kwargs={"n_critics": 2}, rows=(*CRITICS, "maddpg")),
+    "sub-policies": Variant(rows=("maddpg",), changes={"n_sub_policies": 2, "batch_size": 4}, sb3=False),
     "three critics": Variant(policy_kwargs={"n_critics": 3}, rows=CRITICS),
     "gsde": Variant(changes={"use_sde": True}, rows=tuple(row for row in taking("use_sde") if row not in BY_KFAC)),
     "fixed alpha": Variant(changes={"ent_coef": 0.2}, rows=WITH_ALPHA),
@@ -210,9 +214,13 @@ VARIANTS: dict[str, Variant] = {
     "actors that lag": Variant(
         changes={"n_actors": 2, "actor_env_fn": another, "simulated_lag": 2}, rows=BY_SEGMENTS, sb3=False
     ),
+    "steps of PPO": Variant(
+        changes={"base": "ppo", "batch_size": 3, "n_epochs": 2, "n_steps": 6}, rows=taking("base"), sb3=False
+    ),
     "actions by logits": Variant(
         actions=spaces.Discrete(3), changes={"trust_region_space": "logits"}, rows=taking("trust_region_space"), sb3=False
     ),
+    "inferred": Variant(changes={"inferred_policies": True}, rows=("maddpg",), sb3=False),
     "replayed segments": Variant(changes={"replayed_segments": 1}, rows=taking("replayed_segments"), sb3=False),
 }
 
@@ -255,6 +263,22 @@ def rows(names: Iterable[str] = EVERY, by_default: Iterable[str] | None = None) 
     return pytest.mark.parametrize("row", [pytest.param(name, marks=of_row) for name, of_row in marks.items()])
 
 
+def taken(row: Row, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of some arguments that a row has, and takes where the others are at their defaults."""
+    known = arguments_of(algorithm_class(row))
+
+    def is_taken(name: str) -> bool:
+        needs = known[name].of_kind(Needs) if name in known else []
+        return name in known and all(known[one.name].default in one.values for one in needs)
+
+    return {name: value for name, value in arguments.items() if is_taken(name)}
+
+
+def using(*arguments: str) -> tuple[str, ...]:
+    """The rows whose constructors take all of these beside the others' defaults."""
+    return tuple(row for row in taking(*arguments) if len(taken(row, dict.fromkeys(arguments))) == len(arguments))
+
+
 def algorithm_class(row: Row) -> Any:
     """The class of a registry row, of its name, or itself."""
     if isinstance(row, str):
@@ -268,7 +292,25 @@ def environment(row: Row, variant: str = "mlp") -> Any:
         return Pair()
     kind = VARIANTS[variant]
     spaces_of_its_own = copy.deepcopy((kind.observations or BOX, kind.actions or CONTINUOUS))  # they draw
-    return RandomEnv(*spaces_of_its_own)
+    return enough(row, RandomEnv(*spaces_of_its_own))
+
+
+def enough(row: Row, env: Any, n: int = 2) -> Any:
+    """An environment, or for n particles one of each: itself and copies."""
+    if not issubclass(algorithm_class(row), SVPG) or not isinstance(env, Env):
+        return env
+    several = [env, *(copy.deepcopy(env) for _ in range(n - 1))]
+    return DummyVecEnv([lambda own=own: own if isinstance(own, Monitor) else Monitor(own) for own in several])
+
+
+def policies_of(model: Any) -> list[Any]:
+    """The policy, or those of all particles."""
+    return list(model.policy.particles) if isinstance(model, SVPG) else [model.policy]
+
+
+def policy_of(model: Any) -> Any:
+    """The policy, of particles that of the last one."""
+    return policies_of(model)[-1]
 
 
 def small_model(row: Row, variant: str = "mlp", /, *, env: Any = None, **changes: Any) -> Any:
@@ -282,10 +324,14 @@ def small_model(row: Row, variant: str = "mlp", /, *, env: Any = None, **changes
     cls, kind = algorithm_class(row), VARIANTS[variant]
     off_policy = issubclass(cls, OffPolicyAlgorithm)
     sizes = OFF_POLICY_SIZES if off_policy else ON_POLICY_SIZES
-    sizes = {name: value for name, value in sizes.items() if name in arguments_of(cls)}
+    sizes = taken(cls, sizes)
     sizes |= {"target_update_interval": 2} if issubclass(cls, D4PG) else {}
     sizes |= {"n_actors": 1} if issubclass(cls, A3C) else {"use_rms_prop": False} if issubclass(cls, (IMPALA, ACER)) else {}
     sizes |= {"learning_starts": 6, "buffer_size": 60, "online_update": True} if issubclass(cls, ACER) else {}
+    env = environment(row, variant) if env is None else enough(row, env)
+    if issubclass(cls, SVPG):
+        n = 1 if isinstance(env, VecEnv) and env.num_envs % 2 else 2
+        sizes |= {"n_particles": n, "n_steps": sizes["n_steps"] // n}  # so that a rollout has as many steps of all
     own: dict[str, Any] = {"net_arch": [8], "optimizer_kwargs": {"eps": EPS}}
     if {**kind.changes, **changes}.get("variant") == "degris":  # which has no networks
         own = {}
@@ -294,7 +340,6 @@ def small_model(row: Row, variant: str = "mlp", /, *, env: Any = None, **changes
     own |= {"share_features_extractor": False} if cls.__name__.lower() in APART else {}
     policy_kwargs = {**own, **kind.policy_kwargs, **changes.pop("policy_kwargs", {})}
     arguments = {"seed": 0, "device": "cpu", **sizes, **kind.changes, **changes}
-    env = environment(row, variant) if env is None else env
     model = cls(arguments.pop("policy", kind.policy), env, policy_kwargs=policy_kwargs, **arguments)
     model.set_logger(Logger(None, []))
     return model

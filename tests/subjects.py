@@ -6,16 +6,17 @@ import itertools
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from models import EVERY, OFF_POLICY, ON_POLICY, SB3, environment, small_model
+from models import EVERY, OFF_POLICY, ON_POLICY, SB3, environment, policies_of, small_model
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import recursive_getattr
+from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
 from sb3_ac_ext.acktr.blocks import INVERSES
@@ -45,10 +46,12 @@ class Subject:
     def __init__(self, row: str, kind: bool | str, intervention: "Intervention", way: str = "callback") -> None:
         self.row, self.kind, self.intervention, self.way = row, kind, intervention, way
         env = environment(row, intervention.variant)
-        env.step = self.watched(env.step)
+        first = env.envs[0].unwrapped if isinstance(env, DummyVecEnv) else env
+        first.step = self.watched(first.step)
         cls, own = (SB3[row], {}) if kind == "sb3" else (row, {"engine": kind})
         self.model = small_model(cls, intervention.variant, env=env, **own, **intervention.arguments())
         self.step = self.turn = 0
+        self.particle = -1
         self.trajectory: list[th.Tensor] = []
         self.calls: Counter[str] = Counter()
         self.hooks: list[Any] = []
@@ -86,19 +89,30 @@ class Subject:
             self.turn = 1
 
     def learn(self, steps: int, **kwargs: Any) -> type[Exception] | None:
-        """Train; what is left set in the process is undone."""
+        """Train, as many steps of each environment; what is left set in the process is undone."""
         with self.undo:
             try:
-                self.model.learn(steps, **kwargs)
+                self.model.learn(steps * self.model.n_envs, **kwargs)
             except Exception as error:
                 return type(error)
         return None
 
     # What it is done to
 
+    @property
+    def policy(self) -> Any:
+        """The policy, of particles that of the last one, or see `each`."""
+        return policies_of(self.model)[self.particle]
+
+    def each(self) -> Iterator["Subject"]:
+        """This subject with the policy of every particle in turn."""
+        for number in range(-len(policies_of(self.model)), 0):
+            self.particle = number
+            yield self
+
     def roots(self, name: str) -> list[tuple[nn.Module, str]]:
         """The actor's or the critic's parts: the module that has each, and its name there."""
-        policy = self.model.policy
+        policy = self.policy
         if self.row not in ON_POLICY:
             return [(policy, name)]
         layers, head = {"actor": ("policy_net", "action_net"), "critic": ("value_net", "value_net")}[name]

@@ -605,7 +605,11 @@ class Answer(gym.Env):
 
 @pytest.mark.parametrize(
     ("kind", "n_envs", "steps", "threshold", "inversion"),
-    [("discrete", 8, 20_000, 0.9, "eigen"), ("image", 8, 4000, 0.9, "cholesky"), ("continuous", 2, 20_000, -0.05, "eigen")],
+    [
+        ("discrete", 8, 20_000, 0.9, "eigen"),
+        ("image", 8, 4000, 0.9, "cholesky"),
+        pytest.param("continuous", 2, 20_000, -0.05, "eigen", marks=pytest.mark.slow),  # longer than all others here
+    ],
 )
 def test_learns_to_repeat_what_it_sees(kind: str, n_envs: int, steps: int, threshold: float, inversion: str) -> None:
     """Tasks without memory or foresight: openai/baselines' smoke tests, and one for shared convolutions."""

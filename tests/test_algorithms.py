@@ -9,7 +9,7 @@ import torch as th
 from environments import BOX, CONTINUOUS, DICT, IMAGE, RandomEnv, ScriptedEnv
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
-from models import BY_SEGMENTS, CHOOSING, CRITICS, OFF_POLICY, ON_POLICY, ONE_AGENT, environment, rows, small_model
+from models import BY_SEGMENTS, CHOOSING, CRITICS, OFF_POLICY, ON_POLICY, ONE_AGENT, enough, environment, rows, small_model
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -175,7 +175,7 @@ def test_callbacks_early_stop_and_logs(row: str, tmp_path: Any) -> None:
     other = make_vec_env(lambda: RandomEnv(BOX, CONTINUOUS))
     evaluation = EvalCallback(other, eval_freq=5, n_eval_episodes=1, best_model_save_path=str(tmp_path / "best"), verbose=0)
     model.learn(100, callback=CallbackList([Watcher(stop_at=12), evaluation]))
-    assert model.num_timesteps == 12
+    assert model.num_timesteps == 12 * model.n_envs
     assert (tmp_path / "best" / "best_model.zip").is_file()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [f"{type(model).__name__}_1"]
 
@@ -186,7 +186,7 @@ def test_set_env(row: str) -> None:
     model.set_env(environment(row))
     model.learn(5, reset_num_timesteps=False)
     with pytest.raises(ValueError, match="spaces do not match"):
-        model.set_env(ScriptedEnv())
+        model.set_env(enough(row, ScriptedEnv()))
 
 
 @rows((*CRITICS, "d4pg"))
@@ -244,7 +244,7 @@ def test_subclasses_that_hand_arguments_on(spec: AlgoSpec) -> None:
             super().__init__(*args, **kwargs)
 
     assert arguments_of(Own).keys() == arguments_of(spec.cls).keys() | {"own"}
-    env = TimeLimit(RandomEnv(BOX, CONTINUOUS), 9)
+    env = enough(spec, TimeLimit(RandomEnv(BOX, CONTINUOUS), 9), 4)
     assert Own("MlpPolicy", env, own=2, gamma=0.5).gamma == 0.5
     with pytest.raises(TypeError, match="did you mean 'gamma'"):
         Own("MlpPolicy", env, gama=0.5)
@@ -255,7 +255,7 @@ PUBLISHED = {"d4pg": {"learning_starts", "tau", "n_steps", "policy_kwargs"}}
 
 
 def test_arguments_keep_sb3s_defaults(spec: AlgoSpec) -> None:
-    env = TimeLimit(RandomEnv(BOX, CONTINUOUS), 9)
+    env = enough(spec, TimeLimit(RandomEnv(BOX, CONTINUOUS), 9), 4)
     ours = spec.cls("MlpPolicy", env)
     names = arguments_of_sb3(spec) - {"policy", "env"}
     if spec.cls.sb3_class is OffPolicyAlgorithm:  # type: ignore[attr-defined]  # no algorithm by itself: no rate, no buffer yet

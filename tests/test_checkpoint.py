@@ -10,7 +10,7 @@ import pytest
 import torch as th
 from environments import BOX, CONTINUOUS, IMAGE, RandomEnv, ScriptedEnv
 from gymnasium import spaces
-from models import EVERY, OFF_POLICY, SB3, SB3_OFF_POLICY, algorithm_class, rows, small_model
+from models import EVERY, OFF_POLICY, SB3, SB3_OFF_POLICY, algorithm_class, rows, small_model, taken
 from parallel_environments import Crowd
 from stable_baselines3 import TD3, HerReplayBuffer
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
@@ -35,7 +35,7 @@ ROLLOUT = {"n_steps": LENGTH, "batch_size": LENGTH, "max_rollout_steps": LENGTH}
 
 
 def make(row: Any = "td3x", env: Any = None, **changes: Any) -> Any:
-    sizes = {} if row in OFF_POLICY else {k: v for k, v in ROLLOUT.items() if k in arguments_of(algorithm_class(row))}
+    sizes = {} if row in OFF_POLICY else taken(row, ROLLOUT)
     return small_model(row, env=env or scripted(), **{**sizes, **changes})
 
 

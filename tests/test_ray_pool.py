@@ -196,6 +196,7 @@ def test_a_number_that_is_not_finite_stays_one() -> None:
 # On Ray
 
 
+@pytest.mark.ray
 def test_a_killed_process_is_replaced(ray: Any) -> None:
     with a_pool(2) as pool:
         results = [pool.take(weights(version)) for version in range(20)]

@@ -13,7 +13,7 @@ import torch as th
 from environments import BOX, CONTINUOUS, DICT, IMAGE, RandomEnv, ScriptedEnv
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
-from models import BY_SEGMENTS, ON_POLICY, algorithm_class, skip_unless_taken, small_model, taking
+from models import BY_SEGMENTS, ON_POLICY, algorithm_class, policies_of, skip_unless_taken, small_model, taken, taking
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -25,7 +25,6 @@ from torch import nn
 
 from sb3_ac_ext import PPOX
 from sb3_ac_ext.buffers.rollouts import minibatches
-from sb3_ac_ext.signatures import arguments_of
 from sb3_ac_ext.validation import NonFiniteError, UnsupportedError
 
 T = 12
@@ -40,8 +39,7 @@ either_engine = pytest.mark.parametrize("engine", [True, False], ids=["engine on
 
 def make(row: Any, env: Any, **kwargs: Any) -> Any:
     sizes = {"n_steps": T, "batch_size": kwargs.get("n_steps", T), "gamma": 0.9, "gae_lambda": 0.8}
-    given = {name: value for name, value in sizes.items() if name in arguments_of(algorithm_class(row))}
-    return small_model(row, env=env, **{**given, **kwargs})
+    return small_model(row, env=env, **{**taken(row, sizes), **kwargs})
 
 
 class Collecting:
@@ -343,14 +341,15 @@ def test_a_layer_that_was_replaced_acts_at_the_next_step(row: str, engine: bool)
     first = 3 * T if row in BY_SEGMENTS else 32
 
     def replace(model: Any) -> None:
-        layer = model.policy.action_net = nn.Linear(8, 2)
-        nn.init.zeros_(layer.weight)
-        layer.bias.data = th.tensor([-1.5, 2.5])
-        model.policy.log_std.data.fill_(-12.0)
+        for policy in policies_of(model):
+            layer = policy.action_net = nn.Linear(8, 2)
+            nn.init.zeros_(layer.weight)
+            layer.bias.data = th.tensor([-1.5, 2.5])
+            policy.log_std.data.fill_(-12.0)
 
     env = Remembering()
     model = untrained(row, TimeLimit(env, 100), engine=engine, learning_rate=0.0)
-    model.learn(64, Watching(32, replace))
+    model.learn(64 * model.n_envs, Watching(32, replace))
     given = np.stack(env.given)
     np.testing.assert_allclose(given[first:], np.tile([-1.5, 2.5], (len(given) - first, 1)), atol=1e-3)
     assert (np.abs(given[:first] - [-1.5, 2.5]) > 1e-3).any(axis=1).all()
@@ -481,10 +480,11 @@ def test_endless_episodes_are_warned_of_before_a_step_is_taken() -> None:
 def test_extreme_logits_raise_nothing(row: str, actions: spaces.Space, engine: bool) -> None:
     """200 apart, where exp overflows in float32, and NumPy told to raise."""
     skip_unless_taken(row, actions)
-    model = make(row, random_envs(BOX, actions, limit=5), engine=engine)
+    model = make(row, random_envs(BOX, actions, 2, limit=5), engine=engine)
     with th.no_grad():
-        model.policy.action_net.weight.zero_()
-        model.policy.action_net.bias.copy_(200.0 * th.arange(len(model.policy.action_net.bias)).remainder(2) - 100)
+        for policy in policies_of(model):
+            policy.action_net.weight.zero_()
+            policy.action_net.bias.copy_(200.0 * th.arange(len(policy.action_net.bias)).remainder(2) - 100)
     with np.errstate(all="raise"):
         model.learn(40)
         for deterministic in (True, False):

@@ -15,6 +15,7 @@ import yaml
 from environments import BOX, RandomEnv
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
+from models import taken, taking
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from rl_zoo3 import ALGOS
@@ -113,17 +114,18 @@ def assert_same_noise(in_search: Any, from_file: Any) -> None:
 
 
 @cache
-def environment(n_actions: int, her: bool) -> VecEnv:
+def environment(n_actions: int, her: bool, n_envs: int = 1) -> VecEnv:
     """Of the right size; nothing in it matters."""
     env = BitFlippingEnv(n_actions, continuous=True, max_steps=5) if her else None
-    return make_vec_env(lambda: env or TimeLimit(RandomEnv(BOX, spaces.Box(-2, 2, (n_actions,))), 7))
+    return make_vec_env(lambda: env or TimeLimit(RandomEnv(BOX, spaces.Box(-2, 2, (n_actions,))), 7), n_envs)
 
 
 def build(spec: AlgoSpec, n_actions: int, her: bool, arguments: dict[str, Any]) -> BaseAlgorithm:
     """A model as the search makes it."""
     if her:
         arguments = {"replay_buffer_class": HerReplayBuffer, **arguments}
-    return spec.cls("MultiInputPolicy" if her else "MlpPolicy", environment(n_actions, her), device="cpu", **arguments)
+    env = environment(n_actions, her, 4 if spec.name in taking("n_particles") else 1)
+    return spec.cls("MultiInputPolicy" if her else "MlpPolicy", env, device="cpu", **arguments)
 
 
 def with_tiny_networks(sampled: dict[str, Any]) -> dict[str, Any]:
@@ -137,8 +139,9 @@ def test_every_draw_is_accepted_by_the_constructor(spec: AlgoSpec, additional_ar
     for n_actions, sampled, trial in many(spec.name, her):
         assert set(sampled) <= arguments_of(spec.cls).keys()
         assert set(sampled.get("replay_buffer_kwargs", {})) <= set(inspect.signature(HerReplayBuffer).parameters)
-        # of the off-policy ones, which take most of the time, there are few kinds, and of the actors' policies
-        with_networks = trial.number < 100 or not (is_off_policy(spec) or "n_actors" in arguments_of(spec.cls))
+        # of the off-policy ones, which take most of the time, there are few kinds, and of policies that are several
+        several = {"n_actors", "n_particles"} & arguments_of(spec.cls).keys()
+        with_networks = trial.number < 100 or not (is_off_policy(spec) or several)
         model = build(spec, n_actions, her, {**with_tiny_networks(sampled), "_init_setup_model": with_networks})
         if not with_networks:
             model._check_arguments()
@@ -148,7 +151,7 @@ def test_every_draw_is_accepted_by_the_constructor(spec: AlgoSpec, additional_ar
 def test_some_draws_train(spec: AlgoSpec, additional_args: dict[str, Any]):
     her = additional_args["using_her_replay_buffer"]
     soon = OFF_POLICY if issubclass(spec.cls, OffPolicyAlgorithm) else ON_POLICY
-    soon = {name: value for name, value in soon.items() if name in arguments_of(spec.cls)}
+    soon = taken(spec.cls, soon)
     for n_actions, sampled, _ in draw(spec, additional_args, number=3):
         model = build(spec, n_actions, her, {**sampled, **soon})
         model.learn(12)
@@ -479,7 +482,7 @@ ITS_VALUES = {
             off_policy.convert_maddpg,
             {"n_critics": 2, "gumbel_temperature": 0.5, "logit_penalty": 0.0},
             {"n_critics": 2, "gumbel_temperature": 0.5},
-            {"logit_penalty": 0.0},
+            {"logit_penalty": 0.0, "inferred_learning_rate": None},
         ),
     ],
     ids=["td3x", "ddpgx", "maddpg"],

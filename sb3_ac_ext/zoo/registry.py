@@ -20,6 +20,7 @@ from sb3_ac_ext.opac import OPAC
 from sb3_ac_ext.ppox import PPOX
 from sb3_ac_ext.reinforce import Reinforce
 from sb3_ac_ext.sacx import SACX
+from sb3_ac_ext.svpg import SVPG
 from sb3_ac_ext.td3x import TD3X
 from sb3_ac_ext.trpox import TRPOX
 from sb3_ac_ext.zoo.samplers import actors, off_policy, on_policy, opac
@@ -79,4 +80,5 @@ ALGORITHMS: tuple[AlgoSpec, ...] = (
     AlgoSpec(A3C, actors.sample_a3c, actors.convert_a3c),
     AlgoSpec(OPAC, opac.sample_opac, opac.convert_opac),
     AlgoSpec(ACER, actors.sample_acer, actors.convert_acer),
+    AlgoSpec(SVPG, on_policy.sample_svpg, on_policy.convert_svpg),
 )

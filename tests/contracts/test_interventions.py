@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch as th
 from interventions import INTERVENTIONS, REMEMBERING
-from models import BY_SEGMENTS, CRITICS, OFF_POLICY, ON_POLICY, environment, rows
+from models import BY_SEGMENTS, CRITICS, OFF_POLICY, ON_POLICY, environment, rows, taking
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import CallbackList, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.logger import KVWriter, Logger
@@ -66,7 +66,8 @@ def expected_of(row: str, name: str, way: str) -> Outcome:
         acted = len(pair[0]) != len(pair[1]) or (pair[0] - pair[1]).abs().max() > 10 * ATOL
         predictions = zip(outcome.predictions, other.predictions, strict=True)
         acted = acted or any(not np.allclose(*actions, rtol=0, atol=10 * ATOL) for actions in predictions)
-        assert acted if case.acts else th.equal(*pair)
+        rounds = row in taking("n_particles")  # where a hook looks on, particles are evaluated one by one
+        assert acted == case.acts if case.acts or rounds else th.equal(*pair)
     return outcome
 
 
@@ -340,7 +341,7 @@ IN_A_ROW = [
 ]
 
 
-@rows()
+@rows(by_default=("td3x", "sacx", "d4pg", "maddpg", "ppox", "acktr", "impala", "svpg"))  # of each kind of update
 @pytest.mark.parametrize("sequence", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 5))])
 def test_one_after_another(row: str, sequence: int) -> None:
     pool = [*TAKEN_BACK, *(INTERVENTIONS[name].do for name in IN_A_ROW if row in INTERVENTIONS[name].rows)]

@@ -40,9 +40,12 @@ NOISE = {"type": "normal", "start": 0.5}
 PHASES = {"separate_phases": True}
 PENALTY = {"surrogate": "penalty"}
 EPISODES = {"rollout": "episodes", "n_steps": 20}
+EXPLORING = {"annealing_start": 0, "annealing_step": 3.0}
+"""So that the temperature falls at once."""
 FAR = {"target_kl": 1.0, "cg_max_steps": 2}
 """So that TRPO's line search refuses steps."""
 CHOICES: dict[str, Any] = {"env": choices}
+INFERRED: dict[str, Any] = {"inferred_policies": True}
 CHANGES: dict[str, Any] = {
     "accept_ratio": (0.9, FAR),
     "action_noise": NormalActionNoise(np.zeros(1), np.ones(1)),
@@ -50,8 +53,15 @@ CHANGES: dict[str, Any] = {
     "actor_learning_rate": 1e-4,
     "actor_trace_gamma": (False, OFF_PAC | {"gamma": 0.5, "trace_lambda": 0.9}),
     "advantage_samples": 2,
+    "annealing": "tanh",
+    "annealing_factor": (0.1, {"annealing": "exponential", "annealing_start": 0}),
+    "annealing_power": (0.1, {"annealing": "tanh"}),
+    "annealing_slope": (0.1, {"annealing": "tanh"}),
+    "annealing_start": (500, EXPLORING),
+    "annealing_step": (0.0, EXPLORING),
     "average_decay": (0.1, {"trust_region_delta": 1e-3}),
     "actor_trace_lambda": 0.5,
+    "bandwidth": 0.1,
     "baseline": (None, {"actor_gradient": "score"}),
     "baseline_learning_rate": 1e-4,
     "batch_segments": 2,
@@ -75,6 +85,7 @@ CHANGES: dict[str, Any] = {
     "ent_coef": 0.5,
     "ent_coef_learning_rate": 1e-4,
     "epsilon": (0.9, {"behaviour": "epsilon"}),
+    "ensemble_targets": ("current", {"n_sub_policies": 2, "ensemble_draw": "agent", "batch_size": 4}),
     "entropy_in_trust_region": (False, CHOICES | {"ent_coef": 10.0, "trust_region_delta": 0.0}),
     "exact_log_prob": (True, {"policy_kwargs": {"log_std_init": 2.0}}),
     "exploration_noise": (NOISE | {"end": 0.05, "steps": 30}, {"exploration_noise": NOISE | {"start": 0.1}}),
@@ -84,8 +95,13 @@ CHANGES: dict[str, Any] = {
     "gamma": 0.5,
     "gamma_t_weight": True,
     "gradient_steps": 2,
+    "inferred_batch_size": (5, INFERRED),
+    "inferred_ent_coef": (0.5, INFERRED),
+    "inferred_input": ("probs", INFERRED),
+    "inferred_learning_rate": (1e-4, INFERRED),
     "inverse_update_interval": 1,
     "inversion": "cholesky",
+    "kernel": False,
     "kl_coef": (50.0, PENALTY),
     "kl_direction": ("old_new", FAR),
     "kl_reduction": "sum",
@@ -115,6 +131,7 @@ CHANGES: dict[str, Any] = {
     "policy_epochs": (1, PHASES),
     "policy_learning_rate": (1e-4, PHASES),
     "policy_sample_ratio": (0.5, PHASES),
+    "prior_precision": 1.0,
     "priority": "kl",
     "q_a_learning_rate": 1e-4,
     "q_b_learning_rate": 1e-4,
@@ -136,6 +153,8 @@ CHANGES: dict[str, Any] = {
     "target_update_every": 3,
     "target_update_interval": (2, {"gradient_steps": 2}),
     "tau": 0.3,
+    "temperature": 0.1,
+    "temperature_min": (5.0, EXPLORING),
     "trace_lambda": (0.9, OFF_PAC),
     "trust_region_delta": (None, {"trust_region_delta": 0.0}),
     "trust_region_space": ("logits", CHOICES | {"trust_region_delta": 0.0}),
@@ -163,6 +182,11 @@ OF_A_ROW: dict[tuple[str, str], Any] = {
     ("acktr", "kl_target"): (1e-12, {"learning_rate": 1e-2}),
     ("sacx", "value_learning_rate"): (1e-4, {"value_network": True}),
     ("reinforce", "rollout_episodes"): 2,
+    ("svpg", "batch_size"): (1, {"base": "ppo", "n_steps": 6}),
+    ("svpg", "clip_range"): (1e-4, {"base": "ppo"}),
+    ("svpg", "max_rollout_steps"): (10, {"base": "reinforce", "rollout_episodes": 4, "max_rollout_steps": 14}),
+    ("svpg", "n_epochs"): (3, {"base": "ppo"}),
+    ("svpg", "rollout_episodes"): (2, {"base": "reinforce", "max_rollout_steps": 14}),
 }
 
 

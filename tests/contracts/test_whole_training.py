@@ -22,8 +22,10 @@ THREE = {"policy_kwargs": {"net_arch": [16], "n_critics": 3}}
         (TD3X, TD3, {}),
         (DDPGX, DDPG, {}),
         (SACX, SAC, {}),
-        (SACX, SAC, THREE),
-        (SACX, SAC, {"use_sde": True, "train_freq": 8, "gradient_steps": 8}),
+        *(  # whose single updates are compared elsewhere
+            pytest.param(SACX, SAC, kwargs, marks=pytest.mark.slow)
+            for kwargs in (THREE, {"use_sde": True, "train_freq": 8, "gradient_steps": 8})
+        ),
     ],
     ids=["td3x", "ddpgx", "sacx", "sacx with three critics", "sacx with gsde"],
 )

@@ -178,6 +178,54 @@ def convert_ac(params: dict[str, Any]) -> dict[str, Any]:
     return hyperparams
 
 
+def sample_svpg(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    The Zoo's space for A2C with shorter batches, and how much the particles explore. How many there are, and by which base
+    they learn, is the file's affair.
+
+    :param trial: the trial that chooses
+    :param n_actions: size of an action, not used
+    :param n_envs: number of environments of all particles, not used
+    :param additional_args: not used
+    :return: constructor arguments
+    """
+    one_minus_gamma = trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True)
+    trial.suggest_float("one_minus_gae_lambda", 0.0001, 0.1, log=True)
+    trial.suggest_int("n_steps_pow", 4, 9)
+    trial.suggest_float("learning_rate", 1e-4, 0.01, log=True)
+    trial.suggest_float("ent_coef", 1e-8, 0.1, log=True)
+    trial.suggest_float("max_grad_norm", 0.3, 2)
+    trial.suggest_categorical("net_arch", ["small", "medium"])
+    trial.suggest_categorical("activation_fn", ["tanh", "relu"])
+    trial.suggest_float("temperature", 0.1, 100.0, log=True)
+    if trial.suggest_categorical("annealing", ["none", "exponential", "tanh"]) == "exponential":
+        trial.suggest_int("annealing_start", 0, 1000)
+        trial.suggest_categorical("annealing_factor", [0.9, 0.99, 0.999])
+    trial.set_user_attr("gamma", 1 - one_minus_gamma)
+    return convert_svpg(trial.params)
+
+
+def convert_svpg(params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param params: what `sample_svpg` suggested, as a study stores it
+    :return: the same as a hyperparameter file's values
+    """
+    from rl_zoo3.hyperparams_opt import convert_onpolicy_params
+
+    return {**SVPG_DEFAULTS, **convert_onpolicy_params(params)}
+
+
+SVPG_DEFAULTS = {
+    "annealing_start": 500,
+    "annealing_step": 0.02,
+    "annealing_factor": 0.99,
+    "annealing_slope": 5.0,
+    "annealing_power": 1.0,
+    "temperature_min": 0.01,
+}
+"""What a file may say of another annealing than the one that is sampled."""
+
+
 def suggest_surrogate(trial: optuna.Trial) -> None:
     """Clipping or penalty, where the updates stop, and how far a value may move. KL in nats."""
     if trial.suggest_categorical("surrogate", ["clip", "penalty"]) == "penalty":
