@@ -66,11 +66,12 @@ def train(algo: str, env_id: str, seed: int, folder: Path, options: list[str], p
     return runs
 
 
-def evaluate(algo: str, env_id: str, run: Path) -> list[float]:
+def evaluate(algo: str, env_id: str, run: Path, **asked: Any) -> list[float]:
     """
     :param algo: the Zoo's name of the algorithm, or "random"
     :param env_id: environment
     :param run: folder of the run
+    :param asked: further arguments of ``predict``
     :return: return of one deterministic episode for each of `EVALUATION_SEEDS`, in reward units
     """
     hyperparams, stats_path = get_saved_hyperparams(str(run / env_id), test_mode=True)
@@ -82,7 +83,9 @@ def evaluate(algo: str, env_id: str, run: Path) -> list[float]:
         env.seed(seed)
         obs, total, over = env.reset(), 0.0, False
         while not over:
-            action = np.array([env.action_space.sample()]) if model is None else model.predict(obs, deterministic=True)[0]
+            action = (
+                np.array([env.action_space.sample()]) if model is None else model.predict(obs, deterministic=True, **asked)[0]
+            )
             obs, reward, done, _ = env.step(action)
             total, over = total + float(reward[0]), bool(done[0])
         returns.append(total)
@@ -104,9 +107,19 @@ def curve(env_id: str, runs: list[Path]) -> dict[str, list[float]]:
             data = np.load(run / "evaluations.npz")
             timesteps += (before + data["timesteps"]).tolist()
             returns += data["results"].mean(axis=1).tolist()
-        with zipfile.ZipFile(run / f"{env_id}.zip") as model:
-            before += json.loads(model.read("data"))["num_timesteps"]
+        before += saved(env_id, run)["num_timesteps"]
     return {"timesteps": timesteps, "returns": returns}
+
+
+def saved(env_id: str, run: Path) -> dict[str, Any]:
+    """
+    :param env_id: environment
+    :param run: folder of the run
+    :return: what its zip has besides parameters
+    """
+    with zipfile.ZipFile(run / f"{env_id}.zip") as model:
+        data: dict[str, Any] = json.loads(model.read("data"))
+    return data
 
 
 def last_logged(log: Path) -> dict[str, float]:
@@ -205,6 +218,10 @@ def study(
                 **curve(env_id, own),
             }
         )
+        if "n_particles" in (data := saved(env_id, own[-1])):
+            every = [evaluate(algo, env_id, own[-1], particle=i) for i in range(data["n_particles"])]
+            runs[-1]["particles"] = np.mean(every, axis=1).tolist()
+            print("particles", runs[-1]["particles"])
         print(f"{algo} seed {seed}: {np.mean(returns):.1f} +- {np.std(returns):.1f}")
     return {
         "env": env_id,

@@ -1,7 +1,10 @@
 """
-MADDPG with central critics, without, and random actions, on a task of several agents: returns of each agent and of all.
+MADDPG with central critics, with such and inferred policies, without, and random actions, on a task of several agents: returns
+of each agent and of all.
 
     python benchmarks/several_agents.py --name maddpg_spread --env MPESimpleSpread-v3 --seeds 0 1 2
+    python benchmarks/several_agents.py --name maddpg_inferred --env MPESimpleSpeakerListener-v4 --seeds 0 1 2 \
+        --variants "central critics" "inferred policies"
 
 Trains through RL Zoo with ``zoo_configs/maddpg_mpe.yml``, one run after another on one thread; runs that are already in
 ``--folder`` are not repeated, so an interrupted study goes on where it stopped. Writes ``benchmarks/results/<name>.json``
@@ -23,7 +26,12 @@ from learning import RESULTS, curve, plot, train
 from sb3_ac_ext import MADDPG
 
 RECIPE = Path(__file__).parents[1] / "zoo_configs" / "maddpg_mpe.yml"
-VARIANTS = {"central critics": [], "independent": ["-params", "centralised:False"]}
+VARIANTS = {
+    "central critics": [],
+    "independent": ["centralised:False"],
+    "inferred policies": ["inferred_policies:True"],
+}
+"""Hyperparameters besides the recipe's."""
 EPISODES = range(10_000, 10_100)
 """Reset seeds of the evaluation."""
 POINTS = 100
@@ -84,6 +92,8 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the files in benchmarks/results")
     parser.add_argument("--env", required=True)
     parser.add_argument("--seeds", nargs="+", type=int, required=True)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["central critics", "independent"])
+    parser.add_argument("-params", nargs="+", default=[], help="hyperparameters of all variants besides, as for the Zoo")
     parser.add_argument("--folder", type=Path, help="of the runs (logs/<name>)")
     args, options = parser.parse_known_args()
     folder = args.folder or Path("logs") / args.name
@@ -103,18 +113,21 @@ def main() -> None:
     print("random", random)
     runs = []
     for seed in args.seeds:
-        for variant, own in VARIANTS.items():
+        for variant in args.variants:
             place = folder / variant.replace(" ", "_")
-            run = train("maddpg", args.env, seed, place, [*every, *own, *options])
+            own = [*VARIANTS[variant], *args.params]
+            (run,) = train("maddpg", args.env, seed, place, [*every, *(["-params", *own] if own else []), *options])
             result = evaluate(args.env, MADDPG.load(run / f"{args.env}.zip", device="cpu"))
             log = agent_curves(place / f"seed{seed}" / "maddpg.log")
             seconds = int((run / "seconds").read_text())
-            runs.append({"algo": variant, "seed": seed, **result, "seconds": seconds, **curve(run), "training": log})
+            runs.append(
+                {"algo": variant, "seed": seed, **result, "seconds": seconds, **curve(args.env, [run]), "training": log}
+            )
             print(variant, seed, result, flush=True)
-    medians = {name: float(np.median([run["mean"] for run in runs if run["algo"] == name])) for name in VARIANTS}
+    medians = {name: float(np.median([run["mean"] for run in runs if run["algo"] == name])) for name in args.variants}
     study = {
         "env": args.env,
-        "options": options,
+        "options": options + (["-params", *args.params] if args.params else []),
         "evaluation_seeds": [EPISODES.start, EPISODES.stop],
         "random_runs": random,
         "random": float(np.median([run["mean"] for run in random])),
