@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -436,3 +437,39 @@ def test_moments_are_kept_where_they_could_show(eps: float, dtype: th.dtype, kep
         moment.fill_(1e-33)
     steps_of_networks.flush_subnormals(own.engine.networks, 0, 100_000)
     assert all(bool((moment > 0).all()) is kept for moment in moments)
+
+
+class Halves:
+    """One optimizer for two layers, of which an update differentiates one."""
+
+    def __init__(self, optimizer: Any, enabled: bool) -> None:
+        th.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+        self.optimizer = optimizer(self.layers.parameters())
+        self.engine = Engine(self, lambda: {"layers": Network(self.layers, self.optimizer, rate=1e-2)}, enabled=enabled)
+
+    def update(self, batch: Batch, which: int) -> Values:
+        loss = (self.layers[which](batch[0]) - batch[1]).square().mean()
+        self.engine.minimise(loss, "layers")
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [th.optim.Adam, th.optim.RMSprop, partial(th.optim.SGD, lr=1e-2, momentum=0.9)],
+    ids=["adam", "rmsprop", "momentum"],
+)
+def test_what_has_no_gradient_is_not_stepped(optimizer: Any) -> None:
+    """Neither by one that is left from another update, nor in what an optimizer counts."""
+    ends = []
+    for enabled in (True, False):
+        owner = Halves(optimizer, enabled)
+        generator = th.Generator().manual_seed(1)
+        for which in (0, 0, 0, 1, 0, 1, 1, 0, 1, 1):
+            batch = th.randn(4, 3, generator=generator), th.randn(4, 2, generator=generator)
+            owner.engine.begin()
+            owner.engine.run(owner.update, batch, which)
+        states = [value for state in owner.optimizer.state.values() for value in state.values() if value is not None]
+        ends.append([*owner.layers.parameters(), *states])
+        assert set(owner.engine.report().values()) <= {"replayed"} or not enabled
+    th.testing.assert_close(*ends, rtol=0, atol=1e-6)
