@@ -1,14 +1,17 @@
 """Observations that are not finite are refused before they are stored, wherever they are shown."""
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
-from environments import BOX, RandomEnv
+from environments import BOX, CONTINUOUS, RandomEnv
 from gymnasium import spaces
+from models import EVERY, rows, small_model
 from parallel_environments import Crowd
 
 from sb3_ac_ext import MADDPG, OPAC
+from sb3_ac_ext.validation import NonFiniteError
 
 
 class Blind(Crowd):
@@ -43,3 +46,36 @@ def test_no_nan_of_a_choice_is_stored() -> None:
     with pytest.raises(ValueError, match="environment 0 gave a non-finite observation"):
         model.learn(20, reset_num_timesteps=False)
     assert model.replay_buffer.pos == 3
+
+
+class BlindAtLast(RandomEnv):
+    """Its episodes are truncated after five steps, at an observation of NaN."""
+
+    steps = 0
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.steps = 0
+        return super().reset(**kwargs)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observation, _, _, _, info = super().step(action)
+        self.steps += 1
+        over = self.steps == 5
+        return observation * np.nan if over else observation, 1.0, False, over, info
+
+
+def blind_at_last() -> BlindAtLast:
+    return BlindAtLast(*copy.deepcopy((BOX, CONTINUOUS)))
+
+
+@rows(row for row in EVERY if row != "reinforce")  # which makes nothing of them
+def test_last_observations_are_named(row: str) -> None:
+    with pytest.raises(NonFiniteError, match=r"environment 0 gave a non-finite last observation"):
+        small_model(row, env=blind_at_last()).learn(60)
+
+
+def test_last_observations_of_actors_are_not_stored() -> None:
+    model = small_model("d4pg", env=blind_at_last(), n_actors=2, actor_env_fn=blind_at_last, learning_starts=100)
+    with pytest.raises(NonFiniteError, match=r"actor 0 .*environment 0 gave a non-finite last observation"):
+        model.learn(60)
+    assert np.isfinite(model.replay_buffer.next_observations).all()

@@ -27,6 +27,7 @@ from sb3_ac_ext.ac.policies import DeterministicMlpPolicy, QMlpPolicy, fitting_p
 from sb3_ac_ext.ac.step import Step, replaced
 from sb3_ac_ext.ac.traces import Traces, along, follow, traces_of
 from sb3_ac_ext.base.arguments import check_bounded_actions, check_policy_class
+from sb3_ac_ext.base.environment_checks import check_finite
 from sb3_ac_ext.base.on_policy import truncated
 from sb3_ac_ext.base.online import ROLLOUT, OnlineMixin
 from sb3_ac_ext.base.schedules import Rate
@@ -182,11 +183,21 @@ class AC(OnlineMixin, OnPolicyAlgorithm):
         last, continues = new_obs, ones
         if dones.any():
             cut = dict(truncated(dones, infos))
+            self._check_last(cut)
             last, continues = replaced(new_obs, cut), (~dones).astype(np.float32)
             continues[list(cut)] = 1
         if not isinstance(self.action_space, spaces.Discrete):
             actions = actions.reshape(self.n_envs, -1)
         return Step(obs, actions, rewards.astype(np.float32), last, continues, starts, self._weights, new_obs)
+
+    def _check_last(self, observations: Mapping[int, Any]) -> None:
+        """Name the environment whose last observation of an episode makes numbers that are not finite."""
+        for i, observation in observations.items():
+            obs = self.policy.obs_to_tensor(observation)[0]
+            with th.no_grad():
+                found: Any = self.policy.extract_features(obs)  # type: ignore[arg-type]  # SB3 leaves dicts out
+            if not all(part.isfinite().all() for part in (found if isinstance(found, tuple) else (found,))):
+                check_finite("last observation of an episode", observation, np.full(len(np.shape(observation)) + 1, i))
 
     def _set_traces(self) -> None:
         """As many as are asked for now."""

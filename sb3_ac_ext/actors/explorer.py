@@ -9,7 +9,7 @@ from stable_baselines3.common.noise import VectorizedActionNoise
 from stable_baselines3.common.vec_env import unwrap_vec_normalize
 
 from sb3_ac_ext.actors.actor import Actor, Weights
-from sb3_ac_ext.base.environment_checks import check_finite
+from sb3_ac_ext.base.environment_checks import check_finite, check_transition
 from sb3_ac_ext.buffers.segments import ORIGINAL_END, Segment
 from sb3_ac_ext.validation import NonFiniteError
 
@@ -74,9 +74,11 @@ class Explorer(Actor):
         return observations, rewards, dones, infos
 
     def _check(self, segment: Segment) -> None:
-        """See `check_transition`: the last observations are stored before anything acts by them."""
+        """See `check_transition`: what is shown last, of a segment and of an episode, is stored before anything acts by it."""
         super()._check(segment)
-        try:
-            check_finite("observation", self.observations, np.arange(self.env.num_envs))
-        except NonFiniteError:
-            self._policy_actions()
+        for rewards, dones, infos in zip(segment.rewards, segment.dones, segment.infos, strict=True):
+            check_transition(self._acts_finitely, self.observations, rewards, dones, infos)
+
+    def _acts_finitely(self, observations: Any) -> bool:
+        with self._lock, th.no_grad():
+            return bool(self.policy._predict(self.policy.obs_to_tensor(observations)[0]).isfinite().all())
